@@ -1,0 +1,21 @@
+"""The MLX backend of mambax: Apple GPU, CPU and CUDA. Models are real ``mlx.nn.Module`` objects."""
+
+from __future__ import annotations
+
+from mambax_mlx.fused import causal_conv1d, scan_implementations, selective_scan
+from mambax_mlx.layers import CausalConv1d, Embedding, Linear, RMSNorm
+from mambax_mlx.models import (
+    Block,
+    InferenceParams,
+    MambaBackbone,
+    MambaClassificationHead,
+    MambaEmbedding,
+    MambaEncoder,
+    MambaForCausalLM,
+    MambaForFeatureExtraction,
+    MambaForSequenceClassification,
+    MambaLMHead,
+    MambaMixer,
+)
+from mambax_mlx.module import Module, ModuleList, Parameter, parameters, set_parameters
+from mambax_mlx.ops import *

@@ -1,0 +1,63 @@
+"""The model definitions of mambax bound to MLX."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import mambax_mlx
+from mambax import blocks, models, state
+from mambax.backend import Backend
+from mambax_mlx.layers import Embedding, Linear
+from mambax_mlx.module import Module
+
+
+class InferenceParams(state.InferenceParams):
+    nn: ClassVar[Backend] = mambax_mlx
+
+
+class MambaMixer(blocks.MambaMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+
+
+class Block(blocks.Block, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    default_mixer_cls = MambaMixer
+
+
+class MambaEncoder(models.MambaEncoder, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    block_cls = Block
+    state_cls = InferenceParams
+
+
+class MambaEmbedding(models.MambaEmbedding, Embedding):
+    pass
+
+
+class MambaLMHead(models.MambaLMHead, Linear):
+    pass
+
+
+class MambaClassificationHead(models.MambaClassificationHead, Linear):
+    pass
+
+
+class MambaBackbone(models.MambaBackbone, MambaEncoder):
+    embedding_cls = MambaEmbedding
+
+
+class MambaForCausalLM(models.MambaForCausalLM, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    backbone_cls = MambaBackbone
+    head_cls = MambaLMHead
+
+
+class MambaForSequenceClassification(models.MambaForSequenceClassification, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    backbone_cls = MambaBackbone
+    head_cls = MambaClassificationHead
+
+
+class MambaForFeatureExtraction(models.MambaForFeatureExtraction, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    backbone_cls = MambaBackbone

@@ -1,0 +1,21 @@
+"""The NumPy backend of mambax: the reference. Sequential, float64-capable, no autograd."""
+
+from __future__ import annotations
+
+from mambax_numpy.fused import causal_conv1d, scan_implementations, selective_scan
+from mambax_numpy.layers import CausalConv1d, Embedding, Linear, RMSNorm
+from mambax_numpy.models import (
+    Block,
+    InferenceParams,
+    MambaBackbone,
+    MambaClassificationHead,
+    MambaEmbedding,
+    MambaEncoder,
+    MambaForCausalLM,
+    MambaForFeatureExtraction,
+    MambaForSequenceClassification,
+    MambaLMHead,
+    MambaMixer,
+)
+from mambax_numpy.module import Module, ModuleList, Parameter, parameters, set_parameters
+from mambax_numpy.ops import *

@@ -1,0 +1,63 @@
+"""The model definitions of mambax bound to NumPy."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import mambax_numpy
+from mambax import blocks, models, state
+from mambax.backend import Backend
+from mambax_numpy.layers import Embedding, Linear
+from mambax_numpy.module import Module
+
+
+class InferenceParams(state.InferenceParams):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
+class MambaMixer(blocks.MambaMixer, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
+class Block(blocks.Block, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    default_mixer_cls = MambaMixer
+
+
+class MambaEncoder(models.MambaEncoder, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    block_cls = Block
+    state_cls = InferenceParams
+
+
+class MambaEmbedding(models.MambaEmbedding, Embedding):
+    pass
+
+
+class MambaLMHead(models.MambaLMHead, Linear):
+    pass
+
+
+class MambaClassificationHead(models.MambaClassificationHead, Linear):
+    pass
+
+
+class MambaBackbone(models.MambaBackbone, MambaEncoder):
+    embedding_cls = MambaEmbedding
+
+
+class MambaForCausalLM(models.MambaForCausalLM, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    backbone_cls = MambaBackbone
+    head_cls = MambaLMHead
+
+
+class MambaForSequenceClassification(models.MambaForSequenceClassification, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    backbone_cls = MambaBackbone
+    head_cls = MambaClassificationHead
+
+
+class MambaForFeatureExtraction(models.MambaForFeatureExtraction, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    backbone_cls = MambaBackbone

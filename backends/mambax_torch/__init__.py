@@ -1,0 +1,21 @@
+"""The PyTorch backend of mambax: CPU, CUDA and MPS. Models are real ``torch.nn.Module`` objects."""
+
+from __future__ import annotations
+
+from mambax_torch.fused import causal_conv1d, scan_implementations, selective_scan
+from mambax_torch.layers import CausalConv1d, Embedding, Linear, RMSNorm
+from mambax_torch.models import (
+    Block,
+    InferenceParams,
+    MambaBackbone,
+    MambaClassificationHead,
+    MambaEmbedding,
+    MambaEncoder,
+    MambaForCausalLM,
+    MambaForFeatureExtraction,
+    MambaForSequenceClassification,
+    MambaLMHead,
+    MambaMixer,
+)
+from mambax_torch.module import Module, ModuleList, Parameter, parameters, set_parameters
+from mambax_torch.ops import *

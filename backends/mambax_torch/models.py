@@ -1,0 +1,80 @@
+"""The model definitions of mambax bound to PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch.utils._pytree import register_pytree_node
+
+import mambax_torch
+from mambax import blocks, models, state
+from mambax.backend import Backend
+from mambax_torch.layers import Embedding, Linear
+from mambax_torch.module import Module
+
+
+class InferenceParams(state.InferenceParams):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class MambaMixer(blocks.MambaMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class Block(blocks.Block, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    default_mixer_cls = MambaMixer
+
+
+class MambaEncoder(models.MambaEncoder, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    block_cls = Block
+    state_cls = InferenceParams
+
+
+class MambaEmbedding(models.MambaEmbedding, Embedding):
+    pass
+
+
+class MambaLMHead(models.MambaLMHead, Linear):
+    pass
+
+
+class MambaClassificationHead(models.MambaClassificationHead, Linear):
+    pass
+
+
+class MambaBackbone(models.MambaBackbone, MambaEncoder):
+    embedding_cls = MambaEmbedding
+
+
+class MambaForCausalLM(models.MambaForCausalLM, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    backbone_cls = MambaBackbone
+    head_cls = MambaLMHead
+
+
+class MambaForSequenceClassification(models.MambaForSequenceClassification, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    backbone_cls = MambaBackbone
+    head_cls = MambaClassificationHead
+
+
+class MambaForFeatureExtraction(models.MambaForFeatureExtraction, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    backbone_cls = MambaBackbone
+
+
+def _flatten(params: InferenceParams) -> tuple[list[object], None]:
+    return [params.layers, params.tokens_seen], None
+
+
+def _unflatten(children: Iterable[Any], context: None) -> InferenceParams:
+    return InferenceParams(*children)
+
+
+# So that DDP, FSDP, checkpointing, vmap and export find the tensors of a state among inputs and outputs.
+register_pytree_node(
+    InferenceParams, _flatten, _unflatten, serialized_type_name="mambax_torch.models.InferenceParams"
+)

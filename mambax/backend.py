@@ -1,0 +1,216 @@
+"""The seam: everything the model definition asks of an array framework, on one page.
+
+A backend is an importable module (``mambax_numpy``, ``mambax_torch``, ``mambax_mlx``, or anyone's) that has the
+attributes of :class:`Backend`. Array functions carry the names of the Python Array API standard where it has
+one. Definitions may also use what all arrays share: ``shape``, ``dtype``, ``reshape``, basic indexing, arithmetic,
+comparison, ``&``, ``|``, ``~`` and ``@``.
+
+Dimensions: B batch, L length, D channels, N d_state, K d_conv, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+from mambax.init import Initial
+
+Array = Any
+"""An array of the framework: ``numpy.ndarray``, ``torch.Tensor``, ``mlx.core.array``."""
+
+Dtype = Any
+"""A dtype object of the framework."""
+
+
+class SelectiveScan(Protocol):
+    """The fused selective scan; every named implementation has this signature (see :mod:`mambax.scan`)."""
+
+    def __call__(
+        self,
+        u: Array,  # (B, L, D)
+        delta: Array,  # (B, L, D)
+        A: Array,  # (D, N)
+        B: Array,  # (B, L, N)
+        C: Array,  # (B, L, N)
+        D: Array | None = None,  # (D,)
+        *,
+        z: Array | None = None,  # (B, L, D)
+        delta_bias: Array | None = None,  # (D,)
+        delta_softplus: bool = False,
+        initial_state: Array | None = None,  # (B, D, N)
+        mask: Array | None = None,  # (B, L) bool
+    ) -> tuple[Array, Array]: ...  # y (B, L, D) in the dtype of u, final state (B, D, N) float32
+
+
+class Ops(Protocol):
+    """The array functions. All that :mod:`mambax.scan` and :mod:`mambax.sampling` need."""
+
+    # --- dtypes and creation ---------------------------------------------------------------------------------
+
+    @property
+    def float32(self) -> Dtype: ...
+
+    @property
+    def float64(self) -> Dtype: ...
+
+    @property
+    def int64(self) -> Dtype: ...
+
+    @property
+    def bool_(self) -> Dtype: ...
+
+    def dtype(self, name: str) -> Dtype: ...  # "float32" | "float16" | "bfloat16" | "float64" | ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: Dtype, *, like: Array) -> Array: ...  # on the device of `like`
+
+    def arange(self, stop: int, *, like: Array) -> Array: ...  # int64, (stop,)
+
+    # --- array functions -------------------------------------------------------------------------------------
+
+    def astype(self, x: Array, dtype: Dtype) -> Array: ...
+
+    def concat(self, arrays: Sequence[Array], axis: int) -> Array: ...
+
+    def stack(self, arrays: Sequence[Array], axis: int) -> Array: ...
+
+    def where(self, condition: Array, x: Array, y: Array | float) -> Array: ...
+
+    def take_along_axis(self, x: Array, indices: Array, axis: int) -> Array: ...
+
+    def exp(self, x: Array) -> Array: ...
+
+    def log(self, x: Array) -> Array: ...
+
+    def maximum(self, x: Array, y: float) -> Array: ...
+
+    def sum(self, x: Array, axis: int) -> Array: ...
+
+    def max(self, x: Array, axis: int) -> Array: ...
+
+    def argmax(self, x: Array, axis: int) -> Array: ...
+
+    def sort(self, x: Array, axis: int) -> Array: ...  # ascending
+
+    def argsort(self, x: Array, axis: int) -> Array: ...  # ascending
+
+    def cumulative_sum(self, x: Array, axis: int) -> Array: ...
+
+    def cumulative_logsumexp(self, x: Array, axis: int) -> Array: ...
+
+    def softplus(self, x: Array) -> Array: ...  # exact for large and for very negative x
+
+    def silu(self, x: Array) -> Array: ...
+
+    def from_numpy(self, array: np.ndarray, *, like: Array | None = None, device: str | None = None) -> Array: ...
+
+    # may share memory; bfloat16 comes and goes as ml_dtypes.bfloat16
+
+
+class Backend(Ops, Protocol):
+    """What a module must have to be a backend of mambax. Members are read-only."""
+
+    # --- who it is -------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str: ...  # "torch"
+
+    def version(self) -> str: ...  # of the framework
+
+    def devices(self) -> Sequence[str]: ...  # that work here, the preferred one first
+
+    def scan_implementations(
+        self,
+    ) -> Mapping[str, str]: ...  # name -> "" if it runs here, else why it does not
+
+    # --- structure -------------------------------------------------------------------------------------------
+
+    @property
+    def Module(self) -> type: ...  # base of every layer: attributes are parameters and children
+
+    @property
+    def ModuleList(self) -> Callable[[Sequence[Any]], Any]: ...
+
+    @property
+    def Parameter(self) -> Callable[[Initial], Array]: ...  # a trainable array; a Placeholder holds no values
+
+    def parameters(self, module: Any) -> dict[str, Array]: ...  # by dotted path, trainable or not
+
+    def set_parameters(self, module: Any, values: Mapping[str, Array]) -> None: ...  # replaces, no copy
+
+    # --- layers, with the parameter names and shapes of Hugging Face checkpoints ------------------------------
+
+    @property
+    def Linear(self) -> Callable[..., Any]: ...
+
+    # (weight (out, in), bias (out,) | None); x (..., in) -> (..., out). A float32 bias over narrower weights is
+    # added in float32 and makes the output float32.
+
+    @property
+    def Embedding(self) -> Callable[..., Any]: ...  # (weight (V, D)); ids (B, L) -> (B, L, D); .as_linear(x)
+
+    @property
+    def RMSNorm(self) -> Callable[..., Any]: ...
+
+    # (weight (D,), eps); statistics in float32, output in the dtype of the weight
+
+    @property
+    def CausalConv1d(self) -> Callable[..., Any]: ...
+
+    # (weight (D, 1, K), bias (D,) | None); (x, initial_state, mask) -> as the op causal_conv1d
+
+    # --- the model's classes, bound to this backend ----------------------------------------------------------
+
+    @property
+    def MambaForCausalLM(self) -> Callable[..., Any]: ...
+
+    @property
+    def MambaForSequenceClassification(self) -> Callable[..., Any]: ...
+
+    @property
+    def MambaForFeatureExtraction(self) -> Callable[..., Any]: ...
+
+    @property
+    def InferenceParams(self) -> Callable[..., Any]: ...
+
+    # --- fused ops -------------------------------------------------------------------------------------------
+
+    def selective_scan(
+        self,
+        u: Array,
+        delta: Array,
+        A: Array,
+        B: Array,
+        C: Array,
+        D: Array | None = None,
+        *,
+        z: Array | None = None,
+        delta_bias: Array | None = None,
+        delta_softplus: bool = False,
+        initial_state: Array | None = None,
+        mask: Array | None = None,
+        impl: str = "auto",
+    ) -> tuple[Array, Array]: ...  # SelectiveScan with a choice of implementation
+
+    def causal_conv1d(
+        self,
+        x: Array,  # (B, L, D)
+        weight: Array,  # (D, 1, K)
+        bias: Array | None = None,  # (D,)
+        *,
+        initial_state: Array | None = None,  # (B, K-1, D): the K-1 inputs before x
+        mask: Array | None = None,  # (B, L) bool: False positions do not exist
+        activation: str | None = "silu",
+    ) -> tuple[Array, Array]: ...  # y (B, L, D), final state (B, K-1, D)
+
+    # --- the host edge ---------------------------------------------------------------------------------------
+
+    def to_numpy(self, x: Array) -> np.ndarray: ...
+
+    def no_grad(self) -> AbstractContextManager[Any]: ...
+
+    def evaluate(self, *arrays: Array, wait: bool = True) -> None: ...  # start, or finish, what they depend on
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]: ...

@@ -1,0 +1,140 @@
+"""The blocks of a Mamba-1 model: the mixer and the residual block around it.
+
+Each class is a definition: it names no framework. A backend binds it to its own ``Module`` base and sets ``nn``,
+one line each (``backends/mambax_torch/models.py``).
+
+Dimensions: B batch, L length, D d_inner, M d_model, N d_state, K d_conv, R dt_rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+from mambax.backend import Array, Backend
+from mambax.config import MambaConfig
+from mambax.init import Initializer
+from mambax.scan import at_least_float32
+
+
+class LayerState(NamedTuple):
+    """The state of one block.
+
+    Attributes:
+        conv: (B, K-1, D) the last inputs of the convolution, in the dtype of the activations.
+        ssm: (B, D, N) the state of the recurrence, float32.
+    """
+
+    conv: Array
+    ssm: Array
+
+
+class MambaMixer:
+    """The selective state-space mixer of Mamba-1 (Gu and Dao 2023, figure 3; ``Mamba`` in mamba_ssm).
+
+    Args:
+        config: the model's configuration.
+        layer_idx: the block's number.
+        init: where initial weights come from; seed 0 when None.
+    """
+
+    nn: ClassVar[Backend]
+
+    def __init__(self, config: MambaConfig, layer_idx: int = 0, *, init: Initializer | None = None) -> None:
+        super().__init__()
+        nn, init = self.nn, init or Initializer()
+        D, N, R = config.d_inner, config.d_state, int(config.dt_rank)
+        self.config = config
+        self.layer_idx = layer_idx
+        self.in_proj = nn.Linear(
+            init.linear(2 * D, config.d_model), init.full((2 * D,), 0.0) if config.use_bias else None
+        )
+        self.conv1d = nn.CausalConv1d(
+            init.conv_weight(config), init.conv_bias(config) if config.use_conv_bias else None
+        )
+        self.x_proj = nn.Linear(init.linear(R + 2 * N, D), None)
+        self.dt_proj = nn.Linear(init.dt_weight(config), init.dt_bias(config))
+        self.A_log = nn.Parameter(init.A_log(config))  # (D, N)
+        self.D = nn.Parameter(init.full((D,), 1.0))  # (D,)
+        self.out_proj = nn.Linear(
+            init.out_proj(config), init.full((config.d_model,), 0.0) if config.use_bias else None
+        )
+
+    def forward(
+        self, hidden: Array, state: LayerState | None = None, mask: Array | None = None
+    ) -> tuple[Array, LayerState]:
+        """Mix along the sequence.
+
+        Args:
+            hidden: (B, L, M).
+            state: what an earlier call returned, or None at the start of a sequence.
+            mask: (B, L) bool, False where a position does not exist; None when all do.
+
+        Returns:
+            (B, L, M), and the state after the last position.
+        """
+        nn, D, N = self.nn, self.config.d_inner, self.config.d_state
+        rank = int(self.config.dt_rank)
+        xz = self.in_proj(hidden)  # (B, L, 2D)
+        x, z = xz[..., :D], xz[..., D:]
+        x, conv = self.conv1d(x, None if state is None else state.conv, mask)  # (B, L, D)
+        dbc = self.x_proj(x)  # (B, L, R + 2N)
+        dt, B, C = dbc[..., :rank], dbc[..., rank : rank + N], dbc[..., rank + N :]
+        y, ssm = nn.selective_scan(
+            x,
+            self.dt_proj(dt),
+            -nn.exp(at_least_float32(nn, self.A_log)),
+            B,
+            C,
+            self.D,
+            z=z,
+            delta_softplus=True,
+            initial_state=None if state is None else state.ssm,
+            mask=mask,
+            impl=self.config.scan,
+        )
+        return self.out_proj(y), LayerState(conv, ssm)
+
+    def init_state(self, batch: int) -> LayerState:
+        """The state before the first position: zeros, (batch, K-1, D) and (batch, D, N)."""
+        nn, config = self.nn, self.config
+        weight = self.conv1d.weight
+        conv = nn.zeros((batch, config.d_conv - 1, config.d_inner), weight.dtype, like=weight)
+        dtype = nn.float64 if weight.dtype == nn.float64 else nn.float32
+        return LayerState(conv, nn.zeros((batch, config.d_inner, config.d_state), dtype, like=weight))
+
+
+class Block:
+    """``hidden + mixer(norm(hidden))``, the residual stream in float32 when so configured.
+
+    Args:
+        config: the model's configuration.
+        layer_idx: the block's number.
+        mixer_cls: what builds the mixer, called as :class:`MambaMixer` is; the backend's MambaMixer when None.
+        init: where initial weights come from; seed 0 when None.
+    """
+
+    nn: ClassVar[Backend]
+    default_mixer_cls: ClassVar[Any]
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        layer_idx: int = 0,
+        *,
+        mixer_cls: Any = None,
+        init: Initializer | None = None,
+    ) -> None:
+        super().__init__()
+        init = init or Initializer()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = self.nn.RMSNorm(init.full((config.d_model,), 1.0), config.norm_epsilon)
+        self.mixer = (mixer_cls or self.default_mixer_cls)(config, layer_idx, init=init)
+
+    def forward(
+        self, hidden: Array, state: LayerState | None = None, mask: Array | None = None
+    ) -> tuple[Array, LayerState]:
+        """(B, L, M) to (B, L, M) and the state after the last position; arguments as of the mixer."""
+        mixed, after = self.mixer(self.norm(hidden), state, mask)
+        if self.residual_in_fp32:
+            hidden = at_least_float32(self.nn, hidden)
+        return hidden + self.nn.astype(mixed, hidden.dtype), after

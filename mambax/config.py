@@ -1,0 +1,186 @@
+"""Model configurations: frozen dataclasses, validated on construction.
+
+The field names are those of the Mamba paper and its official package (``d_model``, ``n_layer``, ...). How
+they are spelled in a ``config.json`` is known to :mod:`mambax.checkpoint.layouts` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Pooling = Literal["last", "mean", "state"]
+POOLINGS: tuple[Pooling, ...] = ("last", "mean", "state")
+
+
+def _fail(config: object, field: str, value: object, allowed: str) -> None:
+    raise ValueError(f"{type(config).__name__}.{field} is {value!r}; expected {allowed}")
+
+
+def _check_int(config: object, field: str, low: int, high: int) -> None:
+    value = getattr(config, field)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        _fail(config, field, value, f"a whole number from {low} to {high}")
+
+
+def _check_float(config: object, field: str, low: float, high: float) -> None:
+    value = getattr(config, field)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        _fail(config, field, value, f"a number from {low:g} to {high:g}")
+
+
+def _check_bool(config: object, *fields: str) -> None:
+    for field in fields:
+        if not isinstance(getattr(config, field), bool):
+            _fail(config, field, getattr(config, field), "True or False")
+
+
+def _check_choice(config: object, field: str, choices: tuple[str, ...]) -> None:
+    if getattr(config, field) not in choices:
+        _fail(config, field, getattr(config, field), "one of " + ", ".join(map(repr, choices)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """The core of a Mamba-1 model: a stack of selective state-space blocks, without a vocabulary.
+
+    Args:
+        d_model: width of the residual stream.
+        n_layer: number of blocks.
+        d_state: N, the size of the state of each channel.
+        d_conv: K, the width of the causal convolution.
+        expand: ``d_inner / d_model``; may be fractional as long as ``expand * d_model`` is whole.
+        dt_rank: rank of the projection to delta; ``"auto"`` is ``ceil(d_model / 16)`` and is replaced by that
+            number on construction.
+        use_bias: biases in ``in_proj`` and ``out_proj``.
+        use_conv_bias: a bias in the convolution.
+        norm_epsilon: added to the mean square in RMSNorm.
+        residual_in_fp32: keep the residual stream in float32 when the weights are narrower.
+        dt_min, dt_max: range of the initial time steps, drawn log-uniformly.
+        dt_init: ``"random"`` or ``"constant"`` initialisation of ``dt_proj.weight``.
+        dt_scale: factor on the initial ``dt_proj.weight``.
+        dt_init_floor: smallest initial time step.
+        rescale_prenorm_residual: divide the initial ``out_proj.weight`` by ``sqrt(n_layer)``.
+        scan: name of the selective-scan implementation, or ``"auto"``; not a property of the weights, so it is
+            not saved with them.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+
+    Source: ``MambaConfig`` and ``Mamba.__init__`` of the official package; Gu and Dao 2023, section 3.
+    """
+
+    d_model: int
+    n_layer: int
+    d_state: int = 16
+    d_conv: int = 4
+    expand: float = 2
+    dt_rank: int | Literal["auto"] = "auto"
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init: Literal["random", "constant"] = "random"
+    dt_scale: float = 1.0
+    dt_init_floor: float = 1e-4
+    rescale_prenorm_residual: bool = True
+    scan: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_int(self, "d_model", 1, 2**17)
+        _check_int(self, "n_layer", 1, 4096)
+        _check_int(self, "d_state", 1, 4096)
+        _check_int(self, "d_conv", 1, 64)
+        _check_float(self, "expand", 1 / self.d_model, 64)
+        inner = self.expand * self.d_model
+        if abs(inner - round(inner)) > 1e-6:
+            _fail(self, "expand", self.expand, f"a number that times d_model ({self.d_model}) is whole")
+        if self.dt_rank == "auto":
+            object.__setattr__(self, "dt_rank", math.ceil(self.d_model / 16))
+        if isinstance(self.dt_rank, str):
+            _fail(self, "dt_rank", self.dt_rank, f"'auto' or a whole number from 1 to {self.d_inner}")
+        _check_int(self, "dt_rank", 1, self.d_inner)
+        _check_bool(self, "use_bias", "use_conv_bias", "residual_in_fp32", "rescale_prenorm_residual")
+        _check_float(self, "norm_epsilon", 0, 1)
+        _check_float(self, "dt_min", 1e-12, 1e3)
+        _check_float(self, "dt_max", self.dt_min, 1e3)
+        _check_float(self, "dt_scale", 0, 1e6)
+        _check_float(self, "dt_init_floor", 0, 1e3)
+        _check_choice(self, "dt_init", ("random", "constant"))
+        if not isinstance(self.scan, str):
+            _fail(self, "scan", self.scan, "the name of a scan implementation, or 'auto'")
+
+    @property
+    def d_inner(self) -> int:
+        """Width of the state-space branch, ``expand * d_model``."""
+        return round(self.expand * self.d_model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as plain values; ``type(config)(**config.to_dict()) == config``."""
+        return dataclasses.asdict(self)
+
+
+BaseMambaConfig = MambaConfig
+"""Another name of the core configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaLMConfig(MambaConfig):
+    """A language model: the core, a table of ``vocab_size`` embeddings and a head.
+
+    Args:
+        vocab_size: rows of the embedding table and of the head, padding rows included.
+        tie_embeddings: the head is the embedding table.
+        bos_token_id, pad_token_id: token ids, or None.
+        eos_token_id: the token id that ends a text, or several of them, or None.
+    """
+
+    vocab_size: int
+    tie_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_int(self, "vocab_size", 1, 2**24)
+        _check_bool(self, "tie_embeddings")
+        for field in ("bos_token_id", "pad_token_id"):
+            if getattr(self, field) is not None:
+                _check_int(self, field, 0, self.vocab_size - 1)
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        for token in self.eos_token_ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                _fail(self, "eos_token_id", token, f"token ids from 0 to {self.vocab_size - 1}, or None")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """``eos_token_id`` as a tuple, empty when there is none."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaClassificationConfig(MambaLMConfig):
+    """A sequence classifier over tokens: the core, the embeddings, a pooling and a linear head.
+
+    Args:
+        num_labels: number of classes.
+        pooling: what the head sees of a sequence. ``"last"``: the hidden state at the last real token;
+            ``"mean"``: the mean over the real tokens; ``"state"``: the final state of the last block, flattened.
+    """
+
+    num_labels: int
+    pooling: Pooling = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_int(self, "num_labels", 1, 2**24)
+        _check_choice(self, "pooling", POOLINGS)

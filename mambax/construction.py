@@ -1,0 +1,37 @@
+"""Building a new model from a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mambax.backend import Backend
+from mambax.config import MambaClassificationConfig, MambaLMConfig
+from mambax.init import Initializer
+from mambax.registry import default_backend, get_backend
+
+
+def model_class(nn: Backend, config: MambaLMConfig) -> Any:
+    """The model class of a backend that this configuration describes."""
+    if isinstance(config, MambaClassificationConfig):
+        return nn.MambaForSequenceClassification
+    return nn.MambaForCausalLM
+
+
+def from_config(config: MambaLMConfig, *, backend: str | None = None, seed: int = 0) -> Any:
+    """A new model with initial weights, in float32 on the CPU (MLX: on its default device).
+
+    Args:
+        config: a :class:`MambaLMConfig` gives a causal language model, a
+            :class:`MambaClassificationConfig` a sequence classifier.
+        backend: name of a backend; the best installed one when None.
+        seed: the same seed gives the same weights on every backend.
+
+    Returns:
+        The backend's model: a ``torch.nn.Module``, an ``mlx.nn.Module`` or a NumPy module.
+
+    Raises:
+        ValueError: for an unknown backend.
+        ImportError: when its framework is missing, with the command that installs it.
+    """
+    nn = get_backend(backend or default_backend())
+    return model_class(nn, config)(config, init=Initializer(seed))

@@ -1,0 +1,367 @@
+"""Text generation, written once: prefill in chunks, then decode one token ahead of the reader.
+
+Dimensions: B batch, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from mambax.backend import Array, Backend
+from mambax.sampling import SamplingParams, UniformSource, sample
+from mambax.state import InferenceParams
+from mambax.stopping import StopText
+
+if TYPE_CHECKING:
+    from mambax.tokenizer import Tokenizer
+
+FinishReason = Literal["eos", "stop", "length", "interrupted"]
+Prompt = str | Sequence[int] | np.ndarray
+Progress = Callable[[int, int], None]
+"""Called with (prompt positions read, prompt positions) after each chunk of the prefill."""
+
+PREFILL_CHUNK = 512
+"""Prompt tokens read at once by default; the memory of a prefill is bounded by this, not by the prompt."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished row.
+
+    Attributes:
+        text: what was generated, without the end-of-text token and the stop string; ``""`` without a tokenizer.
+        tokens: the generated token ids, the end-of-text token included.
+        finish_reason: ``"eos"``, ``"stop"`` (a stop string), ``"length"`` or ``"interrupted"`` (Ctrl-C).
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    _state: Callable[[], InferenceParams] = field(repr=False, compare=False)
+
+    @property
+    def state(self) -> InferenceParams:
+        """The state (batch of 1) after the prompt and every token in ``tokens``; continue from it."""
+        return self._state()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """One step of a row.
+
+    Attributes:
+        row: the row's number.
+        token: the new token id, or None when the row ends without one.
+        text: text that is now certain; may be empty, for half a character or the possible start of a stop string.
+        generation: the finished row, at its last event; None before.
+    """
+
+    row: int
+    token: int | None
+    text: str
+    generation: Generation | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class GenerationMixin:
+    """``generate`` and ``generate_streaming`` for a causal language model."""
+
+    nn: ClassVar[Backend]
+    config: Any
+    tokenizer: Tokenizer | None
+    backbone: Any
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """Continue a prompt, or several at once.
+
+        Args:
+            prompt: a text, a sequence of token ids, or a list of either; rows may differ in length.
+            max_new_tokens: at most this many tokens per row (default 128).
+            temperature, top_k, top_p, min_p, repetition_penalty: see :class:`mambax.sampling.SamplingParams`;
+                greedy by default.
+            seed: the same seed gives the same tokens on every backend; None draws a fresh one.
+            stop: a string or strings that end a row; they are not part of the text.
+            eos: token id or ids that end a row; the model's own when None, none when ``()``.
+            state: read the prompt after what this state has read; its batch is the number of prompts.
+            prefill_chunk: prompt tokens read at once.
+            progress: called with (positions read, positions) while the prompt is read.
+
+        Returns:
+            A :class:`Generation`, or a list of them for a list of prompts. After Ctrl-C, what was produced.
+
+        Raises:
+            ValueError: for an empty prompt, ids outside the vocabulary and options out of range; before
+                anything runs.
+            FloatingPointError: when the logits of a row are not finite.
+        """
+        single = _is_single(prompt)
+        rows: dict[int, Generation] = {}
+        for event in self.generate_streaming(prompt, **options):
+            if event.generation is not None:
+                rows[event.row] = event.generation
+        return rows[0] if single else [rows[i] for i in range(len(rows))]
+
+    def generate_streaming(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        eos: int | Sequence[int] | None = None,
+        state: InferenceParams | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        progress: Progress | None = None,
+    ) -> Iterator[StreamEvent]:
+        """As :meth:`generate`, a :class:`StreamEvent` at a time; the last one of a row has its Generation.
+
+        The arguments are checked when this is called, not at the first event.
+        """
+        prompts = [prompt] if _is_single(prompt) else list(prompt)
+        params = SamplingParams(repetition_penalty, temperature, top_k, top_p, min_p)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("prefill_chunk", prefill_chunk, 1)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least {low}")
+        if not prompts:
+            raise ValueError("generate: the list of prompts is empty; expected at least one prompt")
+        if stops and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none; set model.tokenizer")
+        if not all(isinstance(s, str) and s for s in stops):
+            raise ValueError(f"stop is {stops!r}; expected a string or strings, none of them empty")
+        if state is not None and state.batch != len(prompts):
+            raise ValueError(
+                f"state holds {state.batch} row(s) for {len(prompts)} prompt(s); expected the same number "
+                "(state.select repeats or picks rows)"
+            )
+        rows = [_token_ids(p, self.tokenizer, self.config.vocab_size, i) for i, p in enumerate(prompts)]
+        decoder = _Decoder(self, rows, params, UniformSource(seed, len(rows)), state)
+        collectors = [_Collector(self.tokenizer, stops, self._eos_ids(eos), int(max_new_tokens)) for _ in prompts]
+        return _run(decoder, collectors, int(max_new_tokens), int(prefill_chunk), progress)
+
+    def _eos_ids(self, eos: int | Sequence[int] | None) -> frozenset[int]:
+        if eos is not None:
+            return frozenset([eos] if isinstance(eos, int) else eos)
+        own = self.config.eos_token_ids
+        if not own and self.tokenizer is not None:
+            own = self.tokenizer.eos_token_ids
+        return frozenset(own)
+
+
+def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
+    if isinstance(prompt, str):
+        return True
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 1
+    return len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))
+
+
+def _token_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int, row: int) -> np.ndarray:
+    """A prompt as (L,) int64, checked."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer, and this model has none; pass token ids")
+        prompt = tokenizer.encode(prompt)
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError(
+            f"prompt {row} is empty or not a flat list (shape {ids.shape}); expected at least one token, for "
+            "example the model's beginning-of-text token"
+        )
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"prompt {row} has {ids.dtype} values; expected text or whole token ids")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"prompt {row} has token id {outside[0]}, outside the vocabulary of {vocab_size}; expected 0 to "
+            f"{vocab_size - 1}. Was it tokenized with this model's tokenizer?"
+        )
+    return ids.astype(np.int64)
+
+
+class _Collector:
+    """What one row has produced, and whether it is finished."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, stops: tuple[str, ...], eos: frozenset[int], limit: int
+    ) -> None:
+        self._detokenizer = None if tokenizer is None else tokenizer.stream()
+        self._stop = StopText(stops)
+        self._eos = eos
+        self._limit = limit
+        self.text = ""
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+
+    def add(self, token: int) -> str:
+        """Take a token; return the text that is now certain."""
+        self.tokens.append(token)
+        if token in self._eos:
+            return self.finish("eos")
+        text = "" if self._detokenizer is None else self._detokenizer.add(token)
+        text, stopped = self._stop.add(text)
+        self.text += text
+        if stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self._limit:
+            text += self.finish("length")
+        return text
+
+    def finish(self, reason: FinishReason) -> str:
+        """End the row; return the text that was held back."""
+        rest = "" if self._detokenizer is None else self._detokenizer.finish()
+        rest, stopped = self._stop.add(rest)
+        if not stopped:
+            rest += self._stop.finish()
+        self.text += rest
+        self.finish_reason = "stop" if stopped else reason
+        return rest
+
+    def result(self, number: int, states: Callable[[], InferenceParams], *, keep: bool) -> Generation:
+        """The finished row. ``keep`` holds on to the batch's state until the row's own is asked for."""
+        assert self.finish_reason is not None
+        own = cache(lambda: states().select(number))
+        if not keep:
+            own()
+            del states
+        return Generation(self.text, self.tokens, self.finish_reason, own)
+
+
+class _Decoder:
+    """The device side of a generation: the state, the tokens it has not read yet, and the step between."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: list[np.ndarray],
+        params: SamplingParams,
+        uniforms: UniformSource,
+        state: InferenceParams | None,
+    ) -> None:
+        self.model = model
+        self.nn: Backend = model.nn
+        self.params = params
+        self.uniforms = uniforms
+        self.state = model.init_state(len(prompts)) if state is None else state.fork()
+        self.tokens: Array = None  # (B,) sampled, not yet read by the state
+        self._like = self.state.tokens_seen
+        self._prompts = prompts
+        self._seen: Array | None = None  # (B, V) what the repetition penalty applies to
+        if params.repetition_penalty != 1.0:
+            seen = np.zeros((len(prompts), model.config.vocab_size), bool)
+            for row, ids in enumerate(prompts):
+                seen[row, ids] = True
+            self._seen = self.nn.from_numpy(seen, like=self._like)
+
+    def prefill(self, chunk: int, progress: Progress | None) -> None:
+        """Read the prompts, padded on the left to one length, and sample the first tokens."""
+        length = max(len(ids) for ids in self._prompts)
+        padded = np.zeros((len(self._prompts), length), np.int64)
+        mask = np.zeros(padded.shape, bool)
+        for row, ids in enumerate(self._prompts):
+            padded[row, length - len(ids) :] = ids
+            mask[row, length - len(ids) :] = True
+        for start in range(0, length, chunk):
+            part = slice(start, start + chunk)
+            part_mask = None if mask[:, part].all() else mask[:, part]
+            with self.nn.no_grad():
+                output = self.model(padded[:, part], self.state, part_mask, logits_to_keep=1)
+            self.state = output.state
+            if start + chunk < length:
+                self._evaluate(wait=True)
+            else:
+                self._sample(output.logits)
+            if progress is not None:
+                progress(min(start + chunk, length), length)
+
+    def advance(self, active: list[bool]) -> None:
+        """Let the state read the tokens of the active rows, and sample the next ones. Does not wait."""
+        logits, state = self._read(active)
+        self.state = state
+        self._sample(logits)
+
+    def final_state(self, active: list[bool]) -> InferenceParams:
+        """The state after the active rows have read their last token too."""
+        return self._read(active)[1] if any(active) else self.state
+
+    def _read(self, active: list[bool]) -> tuple[Array, InferenceParams]:
+        mask = None if all(active) else np.array(active)[:, None]
+        with self.nn.no_grad():
+            ids = self.nn.maximum(self.tokens, 0)[:, None]
+            return self.model(ids, self.state, mask, logits_to_keep=1)
+
+    def _sample(self, logits: Array) -> None:
+        nn = self.nn
+        with nn.no_grad():
+            uniform = nn.from_numpy(self.uniforms.draw(), like=self._like)
+            self.tokens = sample(nn, logits[:, -1], uniform, self.params, self._seen)
+            if self._seen is not None:
+                self._seen = self._seen | (nn.arange(logits.shape[2], like=logits) == self.tokens[:, None])
+        self._evaluate(wait=False)
+
+    def _evaluate(self, wait: bool) -> None:
+        pending = [a for a in (self.tokens, self._seen) if a is not None]
+        self.nn.evaluate(*pending, *self.state.arrays().values(), wait=wait)
+
+
+def _run(
+    decoder: _Decoder,
+    rows: list[_Collector],
+    max_new_tokens: int,
+    chunk: int,
+    progress: Progress | None,
+) -> Iterator[StreamEvent]:
+    """Drive a generation. The step after a token is launched before that token is read."""
+    states = [_known(decoder.state)] * len(rows)  # for each row, a batch state that has read all it produced
+    try:
+        decoder.prefill(chunk, progress)
+        states = [_known(decoder.state)] * len(rows)
+        for step in range(max_new_tokens):
+            current = decoder.tokens
+            active = [row.finish_reason is None for row in rows]
+            last = step + 1 == max_new_tokens
+            if last:
+                after = cache(partial(decoder.final_state, active))
+            else:
+                decoder.advance(active)
+                after = _known(decoder.state)
+            tokens = decoder.nn.to_numpy(current)
+            for number, row in enumerate(rows):
+                if not active[number]:
+                    continue
+                token = int(tokens[number])
+                if token < 0:
+                    raise FloatingPointError(
+                        f"the logits of row {number} are not finite after {len(row.tokens)} tokens; look for NaN "
+                        "or infinity in the weights, or use a wider dtype"
+                    )
+                text = row.add(token)
+                states[number] = after
+                done = None if row.finish_reason is None else row.result(number, after, keep=last)
+                yield StreamEvent(number, token, text, done)
+            if all(row.finish_reason is not None for row in rows):
+                return
+    except KeyboardInterrupt:
+        for number, row in enumerate(rows):
+            if row.finish_reason is None:
+                text = row.finish("interrupted")
+                yield StreamEvent(number, None, text, row.result(number, states[number], keep=True))
+
+
+def _known(state: InferenceParams) -> Callable[[], InferenceParams]:
+    return lambda: state

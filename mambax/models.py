@@ -1,0 +1,379 @@
+"""Encoder, heads and whole models, defined once for every backend.
+
+Parameter paths are those of Hugging Face checkpoints (``backbone.layers.0.mixer.in_proj.weight``, ...).
+
+Dimensions: B batch, L length, M d_model, V vocabulary, P pooled size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from mambax.backend import Array, Backend
+from mambax.config import POOLINGS, MambaClassificationConfig, MambaConfig, MambaLMConfig, Pooling
+from mambax.generation import GenerationMixin
+from mambax.init import Initializer
+from mambax.scan import at_least_float32
+from mambax.state import InferenceParams
+
+
+class EncoderOutput(NamedTuple):
+    """hidden_states (B, L, M) after the final norm, and the state after the last position."""
+
+    hidden_states: Array
+    state: InferenceParams
+
+
+class CausalLMOutput(NamedTuple):
+    """logits (B, L, V) float32, and the state after the last position."""
+
+    logits: Array
+    state: InferenceParams
+
+
+class SequenceClassifierOutput(NamedTuple):
+    """logits (B, num_labels) float32, and the state after the last position."""
+
+    logits: Array
+    state: InferenceParams
+
+
+class FeatureOutput(NamedTuple):
+    """features (B, P) float32, and the state after the last position."""
+
+    features: Array
+    state: InferenceParams
+
+
+class MambaEncoder:
+    """A stack of residual blocks and a final norm: (B, L, M) in, (B, L, M) out, no vocabulary.
+
+    Args:
+        config: the model's configuration.
+        mixer_cls: what builds the mixer of each block, called as ``MambaMixer(config, layer_idx, init=init)``;
+            the backend's MambaMixer when None.
+        init: where initial weights come from; seed 0 when None.
+    """
+
+    nn: ClassVar[Backend]
+    block_cls: ClassVar[Any]
+    state_cls: ClassVar[Any]
+
+    def __init__(self, config: MambaConfig, *, mixer_cls: Any = None, init: Initializer | None = None) -> None:
+        super().__init__()
+        init = init or Initializer()
+        self.config = config
+        self.layers = self.nn.ModuleList(
+            [self.block_cls(config, i, mixer_cls=mixer_cls, init=init) for i in range(config.n_layer)]
+        )
+        self.norm_f = self.nn.RMSNorm(init.full((config.d_model,), 1.0), config.norm_epsilon)
+
+    def forward(
+        self, hidden: Array, state: InferenceParams | None = None, mask: Array | None = None
+    ) -> EncoderOutput:
+        """Run every block.
+
+        Args:
+            hidden: (B, L, M) inputs.
+            state: what an earlier call returned, or None at the start of a sequence.
+            mask: (B, L) bool, False where a position does not exist; None when all do. Outputs at such
+                positions are to be ignored.
+
+        Raises:
+            ValueError: when the shapes of hidden, state and mask do not fit this model or each other.
+        """
+        nn = self.nn
+        mask = None if mask is None else as_mask(nn, mask, hidden)
+        _check_input(self.config, hidden, state, mask)
+        if state is None:
+            state = self.init_state(hidden.shape[0])
+        layers = []
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            hidden, layer_state = layer(hidden, layer_state, mask)
+            layers.append(layer_state)
+        if mask is None:
+            seen = state.tokens_seen + hidden.shape[1]
+        else:
+            seen = state.tokens_seen + nn.sum(nn.astype(mask, nn.int64), axis=1)
+        return EncoderOutput(self.norm_f(hidden), self.state_cls(tuple(layers), seen))
+
+    def init_state(self, batch: int = 1) -> InferenceParams:
+        """The state before the first token, for ``batch`` rows."""
+        layers = tuple(layer.mixer.init_state(batch) for layer in self.layers)
+        return self.state_cls(layers, self.nn.zeros((batch,), self.nn.int64, like=self.norm_f.weight))
+
+
+class MambaEmbedding:
+    """The table of token embeddings, (V, M): ids (B, L) to (B, L, M)."""
+
+    def __init__(self, config: MambaLMConfig, *, init: Initializer | None = None) -> None:
+        init = init or Initializer()
+        table = init.normal((config.vocab_size, config.d_model), 0.02)
+        super().__init__(table)  # pyright: ignore[reportCallIssue] bound over Embedding, which takes it
+
+
+class MambaLMHead:
+    """The head of an untied model, (V, M): hidden states (B, L, M) to logits (B, L, V)."""
+
+    def __init__(self, config: MambaLMConfig, *, init: Initializer | None = None) -> None:
+        init = init or Initializer()
+        weight = init.linear(config.vocab_size, config.d_model)
+        super().__init__(weight, None)  # pyright: ignore[reportCallIssue] bound over Linear, which takes them
+
+
+class MambaClassificationHead:
+    """Linear head of a classifier, (num_labels, P): pooled features (B, P) to logits (B, num_labels)."""
+
+    def __init__(self, config: MambaClassificationConfig, *, init: Initializer | None = None) -> None:
+        init = init or Initializer()
+        size = pooled_size(config, config.pooling)
+        weight, bias = init.linear(config.num_labels, size), init.full((config.num_labels,), 0.0)
+        super().__init__(weight, bias)  # pyright: ignore[reportCallIssue] bound over Linear, which takes them
+
+
+class MambaBackbone:
+    """An encoder with a table of embeddings beside its blocks, as Hugging Face names them. Bound over MambaEncoder.
+
+    Arguments as of :class:`MambaEncoder`.
+    """
+
+    embedding_cls: ClassVar[Any]
+
+    def __init__(self, config: MambaLMConfig, *, mixer_cls: Any = None, init: Initializer | None = None) -> None:
+        init = init or Initializer()
+        encoder = {"mixer_cls": mixer_cls, "init": init}
+        super().__init__(config, **encoder)  # pyright: ignore[reportCallIssue] bound over MambaEncoder
+        self.embeddings = self.embedding_cls(config, init=init)
+
+
+class MambaForCausalLM(GenerationMixin):
+    """A Mamba language model: embeddings, blocks, final norm, head.
+
+    Args:
+        config: the model's configuration.
+        mixer_cls: what builds the mixer of each block; the backend's MambaMixer when None.
+        init: where initial weights come from; seed 0 when None.
+    """
+
+    nn: ClassVar[Backend]
+    config_cls: ClassVar[Any] = MambaLMConfig
+    backbone_cls: ClassVar[Any]
+    head_cls: ClassVar[Any]
+
+    def __init__(self, config: MambaLMConfig, *, mixer_cls: Any = None, init: Initializer | None = None) -> None:
+        super().__init__()
+        init = init or Initializer()
+        self.config = config
+        self.tokenizer = None
+        self.backbone = self.backbone_cls(config, mixer_cls=mixer_cls, init=init)
+        self.lm_head = None if config.tie_embeddings else self.head_cls(config, init=init)
+
+    def forward(
+        self,
+        input_ids: Array,
+        state: InferenceParams | None = None,
+        mask: Array | None = None,
+        *,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """Logits of the token after each position.
+
+        Args:
+            input_ids: (B, L) token ids: an integer array of the framework or of NumPy, or nested lists.
+            state: what an earlier call returned, or None at the start of a text. Any number of tokens may follow.
+            mask: (B, L) bool, False at padding, on either side; None when there is none.
+            logits_to_keep: compute logits for that many last positions only; 0 for all.
+
+        Returns:
+            logits (B, L or logits_to_keep, V) in float32, and the state after the last position.
+
+        Raises:
+            ValueError: for ids outside the vocabulary, and for shapes that do not fit.
+        """
+        hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask)
+        if logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.backbone.embeddings.as_linear(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return CausalLMOutput(at_least_float32(self.nn, logits), state)
+
+    def init_state(self, batch: int = 1) -> InferenceParams:
+        """The state before the first token, for ``batch`` rows."""
+        return self.backbone.init_state(batch)
+
+
+class MambaForFeatureExtraction:
+    """A Mamba model that turns a token sequence into one vector.
+
+    Args:
+        config: the model's configuration.
+        pooling: ``"last"`` (the hidden state at the last real token, P = M), ``"mean"`` (over the real tokens,
+            P = M) or ``"state"`` (the final state of the last block, flattened, P = d_inner * d_state).
+        mixer_cls: what builds the mixer of each block; the backend's MambaMixer when None.
+        init: where initial weights come from; seed 0 when None.
+    """
+
+    nn: ClassVar[Backend]
+    config_cls: ClassVar[Any] = MambaLMConfig
+    backbone_cls: ClassVar[Any]
+
+    def __init__(
+        self,
+        config: MambaLMConfig,
+        *,
+        pooling: Pooling = "mean",
+        mixer_cls: Any = None,
+        init: Initializer | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(map(repr, POOLINGS))}")
+        self.config = config
+        self.tokenizer = None
+        self.pooling: Pooling = pooling
+        self.backbone = self.backbone_cls(config, mixer_cls=mixer_cls, init=init or Initializer())
+
+    def forward(
+        self, input_ids: Array, state: InferenceParams | None = None, mask: Array | None = None
+    ) -> FeatureOutput:
+        """Features (B, P) of token ids (B, L); arguments as of :meth:`MambaForCausalLM.forward`."""
+        hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask)
+        return FeatureOutput(pool(self.nn, hidden, state, mask, self.pooling), state)
+
+    def init_state(self, batch: int = 1) -> InferenceParams:
+        """The state before the first token, for ``batch`` rows."""
+        return self.backbone.init_state(batch)
+
+
+class MambaForSequenceClassification:
+    """A Mamba model that puts a token sequence into one of ``num_labels`` classes.
+
+    Args:
+        config: the model's configuration.
+        mixer_cls: what builds the mixer of each block; the backend's MambaMixer when None.
+        init: where initial weights come from; seed 0 when None.
+    """
+
+    nn: ClassVar[Backend]
+    config_cls: ClassVar[Any] = MambaClassificationConfig
+    backbone_cls: ClassVar[Any]
+    head_cls: ClassVar[Any]
+
+    def __init__(
+        self, config: MambaClassificationConfig, *, mixer_cls: Any = None, init: Initializer | None = None
+    ) -> None:
+        super().__init__()
+        init = init or Initializer()
+        self.config = config
+        self.tokenizer = None
+        self.backbone = self.backbone_cls(config, mixer_cls=mixer_cls, init=init)
+        self.score = self.head_cls(config, init=init)
+
+    def forward(
+        self, input_ids: Array, state: InferenceParams | None = None, mask: Array | None = None
+    ) -> SequenceClassifierOutput:
+        """Logits (B, num_labels) of token ids (B, L); arguments as of :meth:`MambaForCausalLM.forward`."""
+        nn = self.nn
+        hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask)
+        pooled = pool(nn, hidden, state, mask, self.config.pooling)
+        logits = self.score(nn.astype(pooled, self.score.weight.dtype))
+        return SequenceClassifierOutput(at_least_float32(nn, logits), state)
+
+    def init_state(self, batch: int = 1) -> InferenceParams:
+        """The state before the first token, for ``batch`` rows."""
+        return self.backbone.init_state(batch)
+
+
+def pooled_size(config: MambaConfig, pooling: Pooling) -> int:
+    """P, the number of features that a pooling gives."""
+    return config.d_inner * config.d_state if pooling == "state" else config.d_model
+
+
+def pool(nn: Backend, hidden: Array, state: InferenceParams, mask: Array | None, pooling: Pooling) -> Array:
+    """One vector per row.
+
+    Args:
+        nn: the backend whose arrays these are.
+        hidden: (B, L, M).
+        state: the state after the last position.
+        mask: (B, L) bool or None; a row needs at least one True for ``"last"`` and ``"mean"``.
+        pooling: see :class:`MambaForFeatureExtraction`.
+
+    Returns:
+        (B, P) float32. Each row is what it would be without its padding.
+    """
+    batch, length, width = hidden.shape
+    hidden = at_least_float32(nn, hidden)
+    if pooling == "state":
+        ssm = state.layers[-1].ssm
+        return ssm.reshape(batch, ssm.shape[1] * ssm.shape[2])
+    if mask is None:
+        return hidden[:, -1] if pooling == "last" else nn.sum(hidden, axis=1) / length
+    real = as_mask(nn, mask, hidden)
+    if pooling == "mean":
+        total = nn.sum(nn.where(real[..., None], hidden, 0.0), axis=1)
+        return total / nn.astype(nn.sum(nn.astype(real, nn.int64), axis=1), total.dtype)[:, None]
+    last = nn.max(nn.where(real, nn.arange(length, like=hidden), -1), axis=1)  # (B,)
+    index = last[:, None, None] + nn.zeros((1, 1, width), nn.int64, like=hidden)
+    return nn.take_along_axis(hidden, index, axis=1)[:, 0]
+
+
+def as_mask(nn: Backend, mask: Array, like: Array) -> Array:
+    """A mask given as an array of the framework, of NumPy or as nested lists, as (B, L) bool beside ``like``."""
+    if isinstance(mask, (list, tuple, np.ndarray)):
+        return nn.from_numpy(np.asarray(mask).astype(bool), like=like)
+    return nn.astype(mask, nn.bool_)
+
+
+def as_token_ids(nn: Backend, input_ids: Array, vocab_size: int, like: Array) -> Array:
+    """Token ids as a (B, L) array of the framework beside ``like``; those that come from the host are checked.
+
+    Raises:
+        ValueError: for ids outside the vocabulary, not whole numbers, or not (B, L) with L of at least 1.
+    """
+    if isinstance(input_ids, (list, tuple, np.ndarray)):
+        try:
+            ids = np.asarray(input_ids)
+        except ValueError as error:
+            raise ValueError("input_ids: rows differ in length; pad them and pass a mask") from error
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"input_ids: expected whole numbers, found {ids.dtype}; tokenize text first")
+        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+            raise ValueError(
+                f"input_ids: token id {bad} is outside the vocabulary of {vocab_size}; expected 0 to "
+                f"{vocab_size - 1}. Was the text tokenized with this model's tokenizer?"
+            )
+        input_ids = nn.from_numpy(ids.astype(np.int64), like=like)
+    if len(input_ids.shape) != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids: expected shape (batch, length) with at least one token, found {tuple(input_ids.shape)}"
+        )
+    return input_ids
+
+
+def _embed_and_encode(
+    backbone: Any, input_ids: Array, state: InferenceParams | None, mask: Array | None
+) -> EncoderOutput:
+    table = backbone.embeddings.weight
+    ids = as_token_ids(backbone.nn, input_ids, backbone.config.vocab_size, table)
+    return backbone(backbone.embeddings(ids), state, mask)
+
+
+def _check_input(config: MambaConfig, hidden: Array, state: InferenceParams | None, mask: Array | None) -> None:
+    shape = tuple(hidden.shape)
+    if len(shape) != 3 or shape[1] == 0 or shape[2] != config.d_model:
+        raise ValueError(f"inputs: expected (batch, length of at least 1, d_model {config.d_model}), found {shape}")
+    if mask is not None and tuple(mask.shape) != shape[:2]:
+        raise ValueError(f"mask: expected (batch, length) = {shape[:2]}, found {tuple(mask.shape)}")
+    if state is None:
+        return
+    expected = (config.n_layer, shape[0], config.d_conv - 1, config.d_inner, config.d_state)
+    conv, ssm = (tuple(array.shape) for array in state.layers[0]) if state.layers else ((0,) * 3, (0,) * 3)
+    found = (len(state.layers), conv[0], conv[1], conv[2], ssm[2])
+    if found != expected:
+        raise ValueError(
+            "state: (layers, batch, d_conv - 1, d_inner, d_state) is "
+            f"{found}, but this model and input need {expected}; use the state of the same model and rows"
+        )

@@ -1,0 +1,187 @@
+r"""Selective-scan algorithms over the ops of a backend: readable, differentiable, tested.
+
+The recurrence (Gu and Dao 2023, equation 2 with the discretisation of ``selective_scan_ref`` in mamba_ssm)::
+
+    h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
+    y[t] = (C[t] . h[t] + D u[t]) * silu(z[t])
+
+is linear in h, so that any associative way of combining its steps gives the same answer. Three are here:
+
+``sequential``
+    One step after another: the definition. L dependent steps, memory O(B D N) besides inputs and outputs.
+``pscan``
+    Work-efficient parallel scan (after Blelloch 1990): pairs of neighbouring steps are combined, the half-length
+    sequence is scanned, the steps between are filled in. O(L) work, O(log L) depth, and only products of decays,
+    so nothing can overflow.
+``logcumsumexp``
+    The scan as a cumulative sum of logarithms (Heinsen 2023), positive and negative terms apart. For study: it
+    loses digits as the summed ``delta A`` grows, and where an input term is exactly zero its gradient is taken
+    as zero.
+
+The parallel two go through the sequence in chunks of ``CHUNK`` steps, which bounds the memory of inference and
+the sums that ``logcumsumexp`` has to subtract.
+
+Dimensions: B batch, L length, T chunk length, D d_inner, N d_state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from mambax.backend import Array, Ops
+
+CHUNK = 256
+"""Steps that a parallel algorithm handles at once. A longer chunk means fewer calls and more memory."""
+
+Recurrence = Callable[[Ops, Array, Array, Array], Array]
+"""(nn, log_a (B,T,D,N), b (B,T,D,N), h0 (B,D,N)) -> every h[t] = exp(log_a[t]) h[t-1] + b[t], (B,T,D,N)."""
+
+
+def at_least_float32(nn: Ops, x: Array) -> Array:
+    """x in float64 if it is float64, else in float32: the precision in which the recurrence is computed."""
+    return x if x.dtype in (nn.float32, nn.float64) else nn.astype(x, nn.float32)
+
+
+def selective_scan(
+    nn: Ops,
+    u: Array,  # (B, L, D)
+    delta: Array,  # (B, L, D)
+    A: Array,  # (D, N)
+    B: Array,  # (B, L, N)
+    C: Array,  # (B, L, N)
+    D: Array | None = None,  # (D,)
+    *,
+    z: Array | None = None,  # (B, L, D)
+    delta_bias: Array | None = None,  # (D,)
+    delta_softplus: bool = False,
+    initial_state: Array | None = None,  # (B, D, N)
+    mask: Array | None = None,  # (B, L) bool
+    algorithm: str = "sequential",
+) -> tuple[Array, Array]:
+    """The selective scan with its whole epilogue, by one of :data:`ALGORITHMS`.
+
+    Args:
+        nn: the backend whose arrays these are.
+        u: (B, L, D) input.
+        delta: (B, L, D) time steps, before ``delta_bias`` and softplus.
+        A: (D, N) state matrix, negative; the diagonal of each channel.
+        B, C: (B, L, N) input and output vectors.
+        D: (D,) skip weights, or None.
+        z: (B, L, D) gate, or None.
+        delta_bias: (D,) added to delta, or None.
+        delta_softplus: put delta through softplus, after the bias.
+        initial_state: (B, D, N) state before the first step; zero when None.
+        mask: (B, L) bool; where False the step leaves the state as it was, and its output is to be ignored.
+        algorithm: a name in :data:`ALGORITHMS`.
+
+    Returns:
+        y (B, L, D) in the dtype of u, and the final state (B, D, N) in float32 (float64 if u is float64). All
+        arithmetic is done in that precision.
+
+    Source: ``selective_scan_ref`` of mamba_ssm, with mask, initial and final state added.
+    """
+    out_dtype = u.dtype
+    u32, delta = at_least_float32(nn, u), at_least_float32(nn, delta)
+    A, B, C = at_least_float32(nn, A), at_least_float32(nn, B), at_least_float32(nn, C)
+    if delta_bias is not None:
+        delta = delta + at_least_float32(nn, delta_bias)
+    if delta_softplus:
+        delta = nn.softplus(delta)
+    if mask is not None:
+        delta = nn.where(mask[..., None], delta, 0.0)
+        u32 = nn.where(mask[..., None], u32, 0.0)
+    batch, length, channels = u.shape
+    h = initial_state
+    h = nn.zeros((batch, channels, A.shape[1]), u32.dtype, like=u32) if h is None else nn.astype(h, u32.dtype)
+
+    recurrence, chunk = ALGORITHMS[algorithm]
+    outputs = []
+    for start in range(0, length, chunk):
+        part = slice(start, start + chunk)
+        dt = delta[:, part, :, None]  # (B, T, D, 1)
+        log_a = dt * A  # (B, T, D, N)
+        b = dt * u32[:, part, :, None] * B[:, part, None, :]  # (B, T, D, N)
+        states = recurrence(nn, log_a, b, h)  # (B, T, D, N)
+        outputs.append((states @ C[:, part, :, None])[..., 0])  # (B, T, D)
+        h = states[:, -1]
+    y = outputs[0] if len(outputs) == 1 else nn.concat(outputs, axis=1)
+    if D is not None:
+        y = y + u32 * at_least_float32(nn, D)
+    if z is not None:
+        y = y * nn.silu(at_least_float32(nn, z))
+    return nn.astype(y, out_dtype), h
+
+
+def sequential(nn: Ops, log_a: Array, b: Array, h: Array) -> Array:
+    """One step after another. Shapes as in :data:`Recurrence`."""
+    a = nn.exp(log_a)
+    states = []
+    for t in range(a.shape[1]):
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    return nn.stack(states, axis=1)
+
+
+def pscan(nn: Ops, log_a: Array, b: Array, h: Array) -> Array:
+    """Work-efficient parallel scan. Shapes as in :data:`Recurrence`."""
+    a = nn.exp(log_a)
+    first = a[:, :1] * h[:, None] + b[:, :1]
+    b = nn.concat([first, b[:, 1:]], axis=1) if b.shape[1] > 1 else first
+    return _odd_even(nn, a, b)
+
+
+def _odd_even(nn: Ops, a: Array, b: Array) -> Array:
+    """Every h[t] = a[t] h[t-1] + b[t] with h[-1] = 0, along axis 1: O(T) work in log2(T) levels."""
+    length = a.shape[1]
+    if length == 1:
+        return b
+    even, odd = slice(0, length - 1, 2), slice(1, None, 2)  # steps 2i and 2i+1, in pairs
+    odd_states = _odd_even(nn, a[:, odd] * a[:, even], a[:, odd] * b[:, even] + b[:, odd])
+    pairs = length // 2
+    later = slice(2, None, 2)  # the even steps after the first, each of which follows an odd one
+    before = odd_states[:, : (length - 1) // 2]
+    even_states = nn.concat([b[:, :1], a[:, later] * before + b[:, later]], axis=1)
+    both = nn.stack([even_states[:, :pairs], odd_states], axis=2)  # (B, T//2, 2, D, N)
+    states = both.reshape(both.shape[0], 2 * pairs, *both.shape[3:])
+    return states if length % 2 == 0 else nn.concat([states, even_states[:, pairs:]], axis=1)
+
+
+def logcumsumexp(nn: Ops, log_a: Array, b: Array, h: Array) -> Array:
+    """Scan by a cumulative sum of exponentials in log space. Shapes as in :data:`Recurrence`."""
+    tiny = 1e-37  # below it, an input term counts as zero
+    total = nn.cumulative_sum(log_a, axis=1)  # log of the decay from before the chunk to step t
+
+    def one_sign(b: Array, h: Array) -> Array:
+        terms = nn.log(nn.maximum(b, tiny)) - total
+        start = nn.log(nn.maximum(h, tiny))[:, None]
+        return nn.exp(total + nn.cumulative_logsumexp(nn.concat([start, terms], axis=1), axis=1)[:, 1:])
+
+    return one_sign(b, h) - one_sign(-b, -h)
+
+
+ALGORITHMS: dict[str, tuple[Recurrence, int]] = {
+    "sequential": (sequential, CHUNK),
+    "pscan": (pscan, CHUNK),
+    "logcumsumexp": (logcumsumexp, 32),
+}
+"""Name -> the recurrence and the chunk length in which it is used."""
+
+
+def choose(impl: str, automatic: str, available: Mapping[str, str]) -> str:
+    """The implementation to run.
+
+    Args:
+        impl: a name, or ``"auto"``.
+        automatic: what ``"auto"`` stands for here.
+        available: name -> "" when it runs here, else the reason why it does not.
+
+    Raises:
+        ValueError: for an unknown name, and for one that cannot run here, with the reason.
+    """
+    if impl == "auto":
+        return automatic
+    if impl not in available:
+        raise ValueError(f"unknown scan implementation {impl!r}; expected 'auto' or one of: {', '.join(available)}")
+    if available[impl]:
+        raise ValueError(f"scan implementation {impl!r} cannot run here: {available[impl]}")
+    return impl

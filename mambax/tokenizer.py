@@ -1,0 +1,4 @@
+"""Tokenizers."""
+
+
+class Tokenizer: ...
