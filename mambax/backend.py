@@ -76,6 +76,8 @@ class Ops(Protocol):
 
     def stack(self, arrays: Sequence[Array], axis: int) -> Array: ...
 
+    def unstack(self, x: Array, axis: int) -> Sequence[Array]: ...  # indexing each has a quadratic gradient
+
     def where(self, condition: Array, x: Array, y: Array | float) -> Array: ...
 
     def take_along_axis(self, x: Array, indices: Array, axis: int) -> Array: ...
@@ -99,6 +101,8 @@ class Ops(Protocol):
     def cumulative_sum(self, x: Array, axis: int) -> Array: ...
 
     def cumulative_logsumexp(self, x: Array, axis: int) -> Array: ...
+
+    def stop_gradient(self, x: Array) -> Array: ...  # x, from which no gradient flows back
 
     def softplus(self, x: Array) -> Array: ...  # exact for large and for very negative x
 

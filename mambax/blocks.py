@@ -71,8 +71,13 @@ class MambaMixer:
 
         Returns:
             (B, L, M), and the state after the last position.
+
+        Raises:
+            ValueError: for a state of other sizes.
         """
         nn, D, N = self.nn, self.config.d_inner, self.config.d_state
+        if state is not None:
+            self._check_state(state, hidden.shape[0])
         rank = int(self.config.dt_rank)
         xz = self.in_proj(hidden)  # (B, L, 2D)
         x, z = xz[..., :D], xz[..., D:]
@@ -93,6 +98,16 @@ class MambaMixer:
             impl=self.config.scan,
         )
         return self.out_proj(y), LayerState(conv, ssm)
+
+    def _check_state(self, state: LayerState, batch: int) -> None:
+        config = self.config
+        found = tuple(state.conv.shape), tuple(state.ssm.shape)
+        needed = (batch, config.d_conv - 1, config.d_inner), (batch, config.d_inner, config.d_state)
+        if found != needed:
+            raise ValueError(
+                f"state: conv_state and ssm_state of layer {self.layer_idx} are {found[0]} and {found[1]}, but "
+                f"this model and input need {needed[0]} and {needed[1]}; use the state of the same model and rows"
+            )
 
     def init_state(self, batch: int) -> LayerState:
         """The state before the first position: zeros, (batch, K-1, D) and (batch, D, N)."""

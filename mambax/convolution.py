@@ -6,7 +6,7 @@ Dimensions: B batch, L length, D channels, K width of the convolution.
 from __future__ import annotations
 
 from mambax.backend import Array, Ops
-from mambax.scan import at_least_float32
+from mambax.scan import at_least_float32, own
 
 
 def causal_conv1d(
@@ -49,7 +49,7 @@ def causal_conv1d(
     full = nn.concat([nn.astype(initial_state, x.dtype), x], axis=1)  # (B, K-1+L, D)
     if mask is None:
         y = _convolve(nn, full, weight, bias, activation)
-        return nn.astype(y, x.dtype), full[:, length:]
+        return nn.astype(y, x.dtype), own(nn, full[:, length:])
 
     real = nn.concat([nn.astype(nn.zeros((batch, past), x.dtype, like=x) + 1, nn.bool_), mask], axis=1)
     steps = nn.arange(past + length, like=x)

@@ -46,7 +46,10 @@ class Generation:
 
     @property
     def state(self) -> InferenceParams:
-        """The state (batch of 1) after the prompt and every token in ``tokens``; continue from it."""
+        """The state (batch of 1) after the prompt and every token in ``tokens``; continue from it.
+
+        Where Ctrl-C came before the whole prompt was read, the state before the prompt.
+        """
         return self._state()
 
     def __str__(self) -> str:
@@ -80,6 +83,7 @@ class GenerationMixin:
     config: Any
     tokenizer: Tokenizer | None
     backbone: Any
+    init_state: Callable[[int], InferenceParams]
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """Continue a prompt, or several at once.
@@ -149,18 +153,38 @@ class GenerationMixin:
                 f"state holds {state.batch} row(s) for {len(prompts)} prompt(s); expected the same number "
                 "(state.select repeats or picks rows)"
             )
+        if state is not None:
+            _check_state(state, self.init_state(len(prompts)))
+        ends = self._eos_ids(eos)
         rows = [_token_ids(p, self.tokenizer, self.config.vocab_size, i) for i, p in enumerate(prompts)]
         decoder = _Decoder(self, rows, params, UniformSource(seed, len(rows)), state)
-        collectors = [_Collector(self.tokenizer, stops, self._eos_ids(eos), int(max_new_tokens)) for _ in prompts]
+        collectors = [_Collector(self.tokenizer, stops, ends, int(max_new_tokens)) for _ in prompts]
         return _run(decoder, collectors, int(max_new_tokens), int(prefill_chunk), progress)
 
     def _eos_ids(self, eos: int | Sequence[int] | None) -> frozenset[int]:
         if eos is not None:
-            return frozenset([eos] if isinstance(eos, int) else eos)
+            ids = [eos] if isinstance(eos, (int, np.integer)) else list(eos)
+            size = self.config.vocab_size
+            for i in ids:
+                if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < size:
+                    raise ValueError(f"eos is {eos!r}; expected token ids from 0 to {size - 1}, or () for none")
+            return frozenset(int(i) for i in ids)
         own = self.config.eos_token_ids
         if not own and self.tokenizer is not None:
             own = self.tokenizer.eos_token_ids
         return frozenset(own)
+
+
+def _check_state(state: InferenceParams, fresh: InferenceParams) -> None:
+    """Refuse a state whose arrays are not shaped as those of a fresh one."""
+    state.check(fresh.nn.name, len(fresh.layers), fresh.batch)
+    found = {name: tuple(array.shape) for name, array in state.arrays().items()}
+    for name, array in fresh.arrays().items():
+        if found[name] != tuple(array.shape):
+            raise ValueError(
+                f"state: {name} is {found[name]}, but this model and input need {tuple(array.shape)}; use the "
+                "state of the same model"
+            )
 
 
 def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
@@ -200,7 +224,7 @@ class _Collector:
     def __init__(
         self, tokenizer: Tokenizer | None, stops: tuple[str, ...], eos: frozenset[int], limit: int
     ) -> None:
-        self._detokenizer = None if tokenizer is None else tokenizer.stream()
+        self._detokenizer = None if tokenizer is None else tokenizer.stream(continues=True)
         self._stop = StopText(stops)
         self._eos = eos
         self._limit = limit

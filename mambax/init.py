@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,14 +29,29 @@ Initial = np.ndarray | Placeholder
 """What a layer is built from: float32 values, or the promise of some."""
 
 
+def check_seed(seed: Any) -> None:
+    """Refuse what is neither a whole number from 0 nor None.
+
+    Raises:
+        ValueError: naming the seed.
+    """
+    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if seed is not None and not (whole and seed >= 0):
+        raise ValueError(f"seed is {seed!r}; expected a whole number from 0, or None")
+
+
 class Initializer:
     """Draws initial weights, in the order in which the layers are built.
 
     Args:
         seed: the seed, or None to draw nothing and hand out :class:`Placeholder` shapes (used by the loader).
+
+    Raises:
+        ValueError: for a seed that is not a whole number from 0.
     """
 
     def __init__(self, seed: int | None = 0) -> None:
+        check_seed(seed)
         self._rng = None if seed is None else np.random.default_rng(seed)
 
     def uniform(self, shape: tuple[int, ...], bound: float) -> Initial:

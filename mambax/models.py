@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from mambax.backend import Array, Backend
+from mambax.checkpoint.mixin import CheckpointMixin
 from mambax.config import POOLINGS, MambaClassificationConfig, MambaConfig, MambaLMConfig, Pooling
 from mambax.generation import GenerationMixin
 from mambax.init import Initializer
@@ -86,9 +87,10 @@ class MambaEncoder:
         """
         nn = self.nn
         mask = None if mask is None else as_mask(nn, mask, hidden)
-        _check_input(self.config, hidden, state, mask)
+        _check_input(self.config, hidden, mask)
         if state is None:
             state = self.init_state(hidden.shape[0])
+        state.check(nn.name, len(self.layers), hidden.shape[0])
         layers = []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             hidden, layer_state = layer(hidden, layer_state, mask)
@@ -148,7 +150,7 @@ class MambaBackbone:
         self.embeddings = self.embedding_cls(config, init=init)
 
 
-class MambaForCausalLM(GenerationMixin):
+class MambaForCausalLM(CheckpointMixin, GenerationMixin):
     """A Mamba language model: embeddings, blocks, final norm, head.
 
     Args:
@@ -203,7 +205,7 @@ class MambaForCausalLM(GenerationMixin):
         return self.backbone.init_state(batch)
 
 
-class MambaForFeatureExtraction:
+class MambaForFeatureExtraction(CheckpointMixin):
     """A Mamba model that turns a token sequence into one vector.
 
     Args:
@@ -246,7 +248,7 @@ class MambaForFeatureExtraction:
         return self.backbone.init_state(batch)
 
 
-class MambaForSequenceClassification:
+class MambaForSequenceClassification(CheckpointMixin):
     """A Mamba model that puts a token sequence into one of ``num_labels`` classes.
 
     Args:
@@ -277,7 +279,7 @@ class MambaForSequenceClassification:
         nn = self.nn
         hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask)
         pooled = pool(nn, hidden, state, mask, self.config.pooling)
-        logits = self.score(nn.astype(pooled, self.score.weight.dtype))
+        logits = self.score(nn.astype(pooled, self.score.bias.dtype))  # a quantised weight is of whole numbers
         return SequenceClassifierOutput(at_least_float32(nn, logits), state)
 
     def init_state(self, batch: int = 1) -> InferenceParams:
@@ -361,19 +363,9 @@ def _embed_and_encode(
     return backbone(backbone.embeddings(ids), state, mask)
 
 
-def _check_input(config: MambaConfig, hidden: Array, state: InferenceParams | None, mask: Array | None) -> None:
+def _check_input(config: MambaConfig, hidden: Array, mask: Array | None) -> None:
     shape = tuple(hidden.shape)
     if len(shape) != 3 or shape[1] == 0 or shape[2] != config.d_model:
         raise ValueError(f"inputs: expected (batch, length of at least 1, d_model {config.d_model}), found {shape}")
     if mask is not None and tuple(mask.shape) != shape[:2]:
         raise ValueError(f"mask: expected (batch, length) = {shape[:2]}, found {tuple(mask.shape)}")
-    if state is None:
-        return
-    expected = (config.n_layer, shape[0], config.d_conv - 1, config.d_inner, config.d_state)
-    conv, ssm = (tuple(array.shape) for array in state.layers[0]) if state.layers else ((0,) * 3, (0,) * 3)
-    found = (len(state.layers), conv[0], conv[1], conv[2], ssm[2])
-    if found != expected:
-        raise ValueError(
-            "state: (layers, batch, d_conv - 1, d_inner, d_state) is "
-            f"{found}, but this model and input need {expected}; use the state of the same model and rows"
-        )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mambax.backend import Array, Ops
+from mambax.init import check_seed
 from mambax.scan import at_least_float32
 
 
@@ -26,7 +27,8 @@ class SamplingParams:
             generated (Keskar et al. 2019); 1 changes nothing.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of most likely tokens with at least this probability; 1 keeps all.
+        top_p: keep the smallest set of most likely tokens with at least this probability; 1 keeps all. Here and
+            for ``top_k``, tokens as likely as the last one kept are kept too: ties do not depend on an order.
         min_p: keep tokens with at least this fraction of the probability of the most likely one; 0 keeps all.
 
     Raises:
@@ -63,11 +65,15 @@ class UniformSource:
     A row's numbers depend on the seed and on its place in the batch, not on the other rows.
 
     Args:
-        seed: a whole number, or None for a fresh one each time.
+        seed: a whole number from 0, or None for a fresh one each time.
         batch: number of rows.
+
+    Raises:
+        ValueError: for another seed.
     """
 
     def __init__(self, seed: int | None, batch: int) -> None:
+        check_seed(seed)
         self._rows = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(batch)]
 
     def draw(self) -> np.ndarray:

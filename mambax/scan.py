@@ -42,6 +42,11 @@ def at_least_float32(nn: Ops, x: Array) -> Array:
     return x if x.dtype in (nn.float32, nn.float64) else nn.astype(x, nn.float32)
 
 
+def own(nn: Ops, part: Array) -> Array:
+    """A copy of a part of an array. A state that kept the part itself would keep the whole array in memory."""
+    return nn.astype(part * 1, part.dtype)
+
+
 def selective_scan(
     nn: Ops,
     u: Array,  # (B, L, D)
@@ -90,6 +95,7 @@ def selective_scan(
     if mask is not None:
         delta = nn.where(mask[..., None], delta, 0.0)
         u32 = nn.where(mask[..., None], u32, 0.0)
+        B = nn.where(mask[..., None], B, 0.0)  # zero times whatever stands at a masked step must be zero
     batch, length, channels = u.shape
     h = initial_state
     h = nn.zeros((batch, channels, A.shape[1]), u32.dtype, like=u32) if h is None else nn.astype(h, u32.dtype)
@@ -109,15 +115,15 @@ def selective_scan(
         y = y + u32 * at_least_float32(nn, D)
     if z is not None:
         y = y * nn.silu(at_least_float32(nn, z))
-    return nn.astype(y, out_dtype), h
+    return nn.astype(y, out_dtype), own(nn, h)
 
 
 def sequential(nn: Ops, log_a: Array, b: Array, h: Array) -> Array:
     """One step after another. Shapes as in :data:`Recurrence`."""
     a = nn.exp(log_a)
     states = []
-    for t in range(a.shape[1]):
-        h = a[:, t] * h + b[:, t]
+    for a_t, b_t in zip(nn.unstack(a, axis=1), nn.unstack(b, axis=1), strict=True):
+        h = a_t * h + b_t
         states.append(h)
     return nn.stack(states, axis=1)
 

@@ -5,9 +5,11 @@ Dimensions: B batch, K d_conv, D d_inner, N d_state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from pathlib import Path
+from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -90,6 +92,12 @@ class InferenceParams:
         layers = tuple(LayerState(*(array[index] for array in layer)) for layer in self.layers)
         return type(self)(layers, self.tokens_seen[index])
 
+    def detach(self: State) -> State:
+        """This state, from which no gradient flows back: for truncated backpropagation through time."""
+        stop = self.nn.stop_gradient
+        layers = tuple(LayerState(*map(stop, layer)) for layer in self.layers)
+        return type(self)(layers, self.tokens_seen)
+
     def where(self: State, rows: Array, other: State) -> State:
         """This state where ``rows`` (B,) bool is True, the other one elsewhere."""
         nn = self.nn
@@ -101,6 +109,23 @@ class InferenceParams:
             LayerState(*map(choose, ours, theirs)) for ours, theirs in zip(self.layers, other.layers, strict=True)
         )
         return type(self)(layers, choose(self.tokens_seen, other.tokens_seen))
+
+    def check(self, backend: str, layers: int, batch: int) -> None:
+        """Refuse a state that cannot belong to a model and an input.
+
+        Raises:
+            ValueError: when it is another backend's, or has another number of layers or rows.
+        """
+        if self.nn.name != backend:
+            raise ValueError(
+                f"state: it is a state of the {self.nn.name!r} backend and this model is on {backend!r}; move it "
+                "with state.save(path) and model.load_state(path)"
+            )
+        if (len(self.layers), self.batch) != (layers, batch):
+            raise ValueError(
+                f"state: it holds {len(self.layers)} layer(s) and {self.batch} row(s), but this model and input "
+                f"need {layers} and {batch}; use the state of the same model and rows (state.select picks rows)"
+            )
 
     def arrays(self) -> dict[str, Array]:
         """Its arrays by the names under which they are saved."""
@@ -116,3 +141,55 @@ class InferenceParams:
         size = sum(array.nbytes for array in arrays.values())
         seen = tuple(int(n) for n in self.nn.to_numpy(arrays["tokens_seen"]))
         return CacheInfo(len(self.layers), self.batch, seen, size)
+
+    @classmethod
+    def from_arrays(
+        cls: type[State], arrays: Mapping[str, np.ndarray], *, like: Array | None = None, device: str | None = None
+    ) -> State:
+        """The state of NumPy arrays under the names of :meth:`arrays`, on the device of ``like`` or ``device``."""
+        moved = {name: cls.nn.from_numpy(array, like=like, device=device) for name, array in arrays.items()}
+        layers = tuple(
+            LayerState(moved[f"layers.{i}.conv_state"], moved[f"layers.{i}.ssm_state"])
+            for i in range((len(moved) - 1) // 2)
+        )
+        return cls(layers, moved["tokens_seen"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this state to a file that every backend reads; the file appears complete or not at all.
+
+        Raises:
+            ValueError: when the state holds values that are not finite.
+            OSError: when the file cannot be written.
+        """
+        from mambax.checkpoint.state_files import write_state
+
+        write_state(Path(path), {name: self.nn.to_numpy(array) for name, array in self.arrays().items()})
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, backend: str | None = None, device: str | None = None
+    ) -> InferenceParams:
+        """Read a state that :meth:`save` wrote, on whichever backend.
+
+        ``model.load_state(path)`` does so too, checks that the state fits the model, and brings it to its dtypes.
+
+        Args:
+            path: the file.
+            backend: name of a backend; when None, that of this class, or for :class:`mambax.InferenceParams`
+                itself the best installed.
+            device: name of a device of the backend; its preferred one when None.
+
+        Returns:
+            The ``InferenceParams`` of the backend, in the dtypes of the file.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is not a state, is damaged, or has a dtype that the backend lacks.
+        """
+        from mambax.checkpoint.state_files import read_state
+        from mambax.registry import default_backend, get_backend
+
+        bound = cls.nn.name if cls is not InferenceParams else default_backend()
+        nn = get_backend(backend or bound)
+        state_cls = cast("type[InferenceParams]", nn.InferenceParams)
+        return state_cls.from_arrays(read_state(Path(path)), device=device or nn.devices()[0])

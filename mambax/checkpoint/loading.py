@@ -1,0 +1,221 @@
+"""From checkpoint files to a model on a backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mambax import scan as scans
+from mambax.backend import Backend
+from mambax.checkpoint.json_files import read_object
+from mambax.checkpoint.layouts import CLASSIFIER, ENCODER, Description, read_config
+from mambax.checkpoint.matching import TABLE, Found, main_dtype, match, parameter_dtype
+from mambax.checkpoint.sources import CONFIG, Source, open_source
+from mambax.checkpoint.tensors import FLOATS, is_finite
+from mambax.checkpoint.weights import open_weights
+from mambax.init import Initializer
+from mambax.registry import default_backend, get_backend
+from mambax.tokenizer import Tokenizer
+from mambax.tokenizer_files import FILES as TOKENIZER_FILES
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes in all)."""
+
+ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
+_ORIGINAL_VOCABULARY = range(50277, 50433)  # its 50277 tokens, padded to a multiple of 128 at most
+
+_log = logging.getLogger("mambax")
+
+
+def load(
+    repo_or_folder: str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    scan: str = "auto",
+    progress: Progress | None = None,
+) -> Any:
+    """Load a model with its weights and tokenizer.
+
+    Takes Hugging Face's layout and the original package's, safetensors and ``pytorch_model.bin``, in one file or
+    several. All names, shapes and dtypes are checked before a weight is read, and nothing in a file is run.
+
+    Args:
+        repo_or_folder: a local folder, or a repository ``"owner/name"`` on the Hugging Face hub, of which only the
+            files that are needed are downloaded.
+        backend: name of a backend. When None, the best installed for this machine, which is then named on stderr.
+        device: name of a device of the backend; when None, the first of its ``devices()``.
+        dtype: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"float64"``; what the checkpoint has when None.
+            ``A_log``, ``D`` and ``dt_proj.bias`` are float32 at least, whatever it is.
+        revision: a branch, a tag or a commit of the repository.
+        local_files_only: use what has been downloaded before, and no network.
+        scan: name of the selective-scan implementation.
+        progress: called with (bytes read, bytes in all).
+
+    Returns:
+        The backend's ``MambaForCausalLM``, ``MambaForSequenceClassification`` or ``MambaForFeatureExtraction``, as
+        the checkpoint says, with ``model.tokenizer`` set, or None when there is no tokenizer.
+
+    Raises:
+        ValueError: for files that are damaged, unsupported or do not fit each other, and weights that are not
+            finite; for an unknown backend, device, dtype or scan.
+        ImportError: when the backend's framework is not installed.
+        FileNotFoundError: when there is no such folder or repository, or a file of it is missing.
+        ConnectionError: when the hub cannot be reached.
+    """
+    chosen = backend or default_backend()
+    nn = get_backend(chosen)
+    device = _device(nn, device)
+    if backend is None:
+        print(f"mambax: using the {chosen} backend on {device}; backend=... names another", file=sys.stderr)
+    if dtype is not None:
+        _check_dtype(nn, dtype)
+    scans.choose(scan, "auto", nn.scan_implementations())
+
+    source = open_source(repo_or_folder, revision=revision, local_files_only=local_files_only)
+    described = _describe(source, scan)
+    model = skeleton(nn, described)
+    expected = {name: tuple(array.shape) for name, array in nn.parameters(model).items()}
+    found, head = match(open_weights(source), expected, described.architecture, source.name)
+    if dtype is None:
+        dtype = main_dtype((item.parameter, item.info.dtype) for item in found)
+        _check_dtype(nn, dtype)
+    _set_weights(nn, model, found, head, dtype, device, progress)
+    model.tokenizer = _tokenizer(source, described, local_files_only)
+    return model
+
+
+def skeleton(nn: Backend, described: Description) -> Any:
+    """The model that a ``config.json`` describes, with placeholders for its weights."""
+    if described.architecture == CLASSIFIER:
+        return nn.MambaForSequenceClassification(described.config, init=Initializer(None))
+    if described.architecture == ENCODER:
+        return nn.MambaForFeatureExtraction(described.config, pooling=described.pooling, init=Initializer(None))
+    return nn.MambaForCausalLM(described.config, init=Initializer(None))
+
+
+def _device(nn: Backend, device: str | None) -> str:
+    known = nn.devices()
+    if device is None:
+        return known[0]
+    if device.partition(":")[0] not in known:
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"device is {device!r}; the {nn.name} backend has {names} here")
+    return device
+
+
+def _check_dtype(nn: Backend, dtype: str) -> None:
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(map(repr, FLOATS))}, or None")
+    nn.dtype(dtype)  # raises where the framework does not have it
+
+
+def _describe(source: Source, scan: str) -> Description:
+    path = source.find(CONFIG)
+    if path is None:
+        raise FileNotFoundError(
+            f"{source.name}: no {CONFIG}; expected a folder with {CONFIG} and weights; {source.describe()}"
+        )
+    described = read_config(read_object(path), str(path))
+    return dataclasses.replace(described, config=dataclasses.replace(described.config, scan=scan))
+
+
+def _set_weights(
+    nn: Backend,
+    model: Any,
+    found: list[Found],
+    head: Found | None,
+    dtype: str,
+    device: str,
+    progress: Progress | None,
+) -> None:
+    """Read one tensor after another, the largest first.
+
+    A framework may copy a tensor when it takes it over; taken in this order, the copy comes on top of the least, so
+    that the memory needed is hardly more than the weights'.
+    """
+    total = sum(item.info.nbytes for item in found)
+    done = 0
+    if head is not None:
+        _check_tied(next(item for item in found if item.parameter == TABLE), head)
+    values = {}
+    for item in found:
+        array = _converted(item, parameter_dtype(item.parameter, dtype))
+        values[item.parameter] = nn.from_numpy(array, device=device)
+        del array
+        nn.evaluate(values[item.parameter])
+        done += item.info.nbytes
+        if progress is not None:
+            progress(done, total)
+    nn.set_parameters(model, values)
+
+
+def _converted(item: Found, dtype: np.dtype) -> np.ndarray:
+    """The values of a parameter in a dtype, all of them finite."""
+    array = item.read()
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(dtype, copy=False)
+    if is_finite(converted):
+        return converted
+    if is_finite(array):
+        raise ValueError(
+            f"{item.file.path}: {item.name} has values too large for {dtype.name} "
+            f"(up to {np.abs(array).max():g}); load with dtype='bfloat16' or 'float32'"
+        )
+    raise ValueError(
+        f"{item.file.path}: {item.name} has weights that are NaN or infinite; training went wrong, or the file is "
+        "damaged: download it again, or go back to an earlier checkpoint"
+    )
+
+
+def _check_tied(table: Found, head: Found) -> None:
+    """A head that is stored although it is the table of embeddings must be equal to it.
+
+    Digests are compared, so that the two largest tensors of a model are not in memory together.
+    """
+    digests = {hashlib.blake2b(item.read().reshape(-1).view(np.uint8).data).digest() for item in (table, head)}
+    if len(digests) > 1 or table.info != head.info:
+        raise ValueError(
+            f"{head.file.path}: {head.name} differs from {table.name}, but config.json says that the head is the "
+            "table of embeddings; if it is not, set tie_word_embeddings (tie_embeddings) to false in config.json"
+        )
+
+
+def _tokenizer(source: Source, described: Description, local_files_only: bool) -> Tokenizer | None:
+    """The tokenizer among the files, or the one that the original models were trained with."""
+    if (own := _tokenizer_files(source)) is not None:
+        return own
+    hint = "To give it text, set model.tokenizer = mambax.Tokenizer.from_pretrained(folder)"
+    if not (described.original and described.config.vocab_size in _ORIGINAL_VOCABULARY):
+        _log.info("mambax: %s has no tokenizer.json; the model takes token ids. %s", source.name, hint)
+        return None
+    shared = open_source(ORIGINAL_TOKENIZER, local_files_only=local_files_only)
+    try:
+        found, problem = _tokenizer_files(shared), shared.describe()
+    except OSError as error:
+        found, problem = None, str(error)
+    if found is None:
+        _log.warning(
+            "mambax: the tokenizer of %s, %s, is not here: %s. %s", source.name, shared.name, problem, hint
+        )
+    return found
+
+
+def _tokenizer_files(source: Source) -> Tokenizer | None:
+    first, *others = (name for name in TOKENIZER_FILES if "*" not in name)
+    path = source.find(first)
+    if path is None:
+        return None
+    for name in others:
+        source.find(name)  # from a repository, into the same folder
+    return Tokenizer.from_pretrained(path.parent)

@@ -1,0 +1,122 @@
+"""Fitting the tensors of a checkpoint to the parameters of a model, before any of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mambax.checkpoint.layouts import CAUSAL_LM, parameter_name
+from mambax.checkpoint.tensors import FLOATS, TensorFile, TensorInfo
+
+TABLE, HEAD = "backbone.embeddings.weight", "lm_head.weight"
+KEPT_IN_FLOAT32 = (".A_log", ".D", ".dt_proj.bias")
+"""Ends of the names of parameters that are not stored narrower: the recurrence is too sensitive to them."""
+
+_PROBLEMS = ("missing", "unexpected", "of another shape", "not of a float dtype")
+_LISTED = 8
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor of a checkpoint that is a parameter.
+
+    Args:
+        parameter: path in the model.
+        file, name: where it is.
+        info: its dtype in the file, and its shape in the model.
+    """
+
+    parameter: str
+    file: TensorFile
+    name: str
+    info: TensorInfo
+
+    def read(self) -> np.ndarray:
+        """Its values."""
+        return self.file.read(self.name).reshape(self.info.shape)
+
+
+def match(
+    tensors: Mapping[str, TensorFile], expected: Mapping[str, Shape], architecture: str, where: str
+) -> tuple[list[Found], Found | None]:
+    """Find the tensor of every parameter.
+
+    Args:
+        tensors: tensor name -> file.
+        expected: parameter path -> shape.
+        architecture: of the checkpoint; see :mod:`mambax.checkpoint.layouts`.
+        where: the checkpoint, for messages.
+
+    Returns:
+        The parameters, the largest first; and the head of a model whose head is the table of embeddings, if the
+        checkpoint repeats it.
+
+    Raises:
+        ValueError: listing what is missing, what is too much, and what has another shape or dtype.
+    """
+    problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEMS}
+    found: dict[str, Found] = {}
+    present: set[str] = set()
+    for name, file in tensors.items():
+        parameter, stored = parameter_name(name, architecture), file.tensors[name]
+        tied = parameter == HEAD and HEAD not in expected and architecture == CAUSAL_LM
+        shape = expected.get(TABLE if tied else parameter)
+        if shape is None or parameter in present:
+            problems["unexpected"].append(f"{name} {list(stored.shape)}")
+        elif not _fits(parameter, stored.shape, shape):
+            problems["of another shape"].append(f"{name}: expected {list(shape)}, found {list(stored.shape)}")
+        elif stored.dtype not in FLOATS.values():
+            problems["not of a float dtype"].append(f"{name}: {stored.dtype.name}")
+        else:
+            found[parameter] = Found(parameter, file, name, TensorInfo(stored.dtype, shape))
+        present.add(parameter)
+    problems["missing"] = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in present]
+    if any(problems.values()):
+        raise ValueError(_report(problems, where))
+    head = None if HEAD in expected else found.pop(HEAD, None)
+    return sorted(found.values(), key=lambda item: -item.info.nbytes), head
+
+
+def _fits(parameter: str, shape: Shape, expected: Shape) -> bool:
+    """Whether a stored shape is the parameter's. MLX stores the convolution's (D, 1, K) as (D, K, 1)."""
+    if shape == expected:
+        return True
+    return parameter.endswith(".conv1d.weight") and shape == (expected[0], expected[2], expected[1])
+
+
+def _report(problems: Mapping[str, list[str]], where: str) -> str:
+    parts = []
+    for kind, lines in problems.items():
+        if lines:
+            more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+            parts.append(f"{len(lines)} {kind}: " + "; ".join(lines[:_LISTED]) + more)
+    hint = ""
+    if problems["missing"] and problems["missing"][0].startswith(HEAD):
+        hint = " If the head is the table of embeddings, set tie_word_embeddings to true."
+    return (
+        f"{where}: the weights are not those that config.json describes.\n  "
+        + "\n  ".join(parts)
+        + f"\nIs it the config.json of these weights, and of a Mamba-1 model?{hint}"
+    )
+
+
+def main_dtype(infos: Iterable[tuple[str, np.dtype]]) -> str:
+    """The name of the one dtype that holds all weights without loss, :data:`KEPT_IN_FLOAT32` aside.
+
+    Args:
+        infos: (parameter path, dtype).
+    """
+    used = {dtype.name for name, dtype in infos if not name.endswith(KEPT_IN_FLOAT32)}
+    if used == {"float16", "bfloat16"}:
+        return "float32"
+    return max(used, key=lambda name: (FLOATS[name].itemsize, name))
+
+
+def parameter_dtype(parameter: str, dtype: str) -> np.dtype:
+    """The dtype of a parameter in a model of this dtype; :data:`KEPT_IN_FLOAT32` are never narrower."""
+    narrow = FLOATS[dtype].itemsize < 4
+    return FLOATS["float32"] if narrow and parameter.endswith(KEPT_IN_FLOAT32) else FLOATS[dtype]

@@ -1,0 +1,185 @@
+"""From a model to a folder that mambax and transformers open."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambax.checkpoint.json_files import dump_object
+from mambax.checkpoint.layouts import CAUSAL_LM, CLASSIFIER, ENCODER, Description, write_config
+from mambax.checkpoint.loading import Progress, load, skeleton
+from mambax.checkpoint.matching import main_dtype
+from mambax.checkpoint.safetensors_files import write_safetensors
+from mambax.checkpoint.sources import CONFIG
+from mambax.checkpoint.tensors import FLOATS, TensorInfo, is_finite
+from mambax.checkpoint.weights import SAFETENSORS
+from mambax.config import MambaClassificationConfig
+from mambax.registry import get_backend
+
+INDEX = f"{SAFETENSORS}.index.json"
+_METADATA = {"format": "pt"}  # which older transformers insist on
+
+
+def save_pretrained(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: bool = True,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write a model of any backend as a Hugging Face checkpoint.
+
+    Everything is written beside its place first and moved when all of it is there, so that a save that fails leaves
+    an older checkpoint in the folder as it was.
+
+    Args:
+        model: a causal language model, a classifier or a feature extractor of mambax.
+        folder: where to; made if need be. Files of an older checkpoint are replaced.
+        tokenizer: write ``model.tokenizer`` too, if there is one.
+        max_shard_size: bytes; above it the weights go into several files with an index.
+
+    Raises:
+        ValueError: when the weights are not those that a ``config.json`` can describe, or not finite.
+        OSError: when a file cannot be written.
+    """
+    target = Path(folder)
+    described = _describe(model)
+    parameters = model.nn.parameters(model)
+    infos = _check_parameters(model, parameters, described)
+
+    def read(name: str) -> np.ndarray:
+        values = model.nn.to_numpy(parameters[name])
+        if not is_finite(values):
+            raise ValueError(
+                f"{name} has weights that are NaN or infinite, so the model was not saved; {target} is as it was"
+            )
+        return values
+
+    target.mkdir(parents=True, exist_ok=True)
+    staging = target / f".saving-{secrets.token_hex(4)}"
+    staging.mkdir()
+    try:
+        shards = _shards(infos, max_shard_size)
+        for shard, names in shards.items():
+            write_safetensors(staging / shard, {name: infos[name] for name in names}, read, _METADATA)
+        if len(shards) > 1:
+            (staging / INDEX).write_bytes(dump_object(_index(infos, shards)))
+        if tokenizer and model.tokenizer is not None:
+            model.tokenizer.save_pretrained(staging)
+        dtype = main_dtype((name, info.dtype) for name, info in infos.items())
+        (staging / CONFIG).write_bytes(dump_object(write_config(described, dtype)))
+        _move_all(staging, target, shards)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    max_shard_size: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> None:
+    """Rewrite a checkpoint of any layout that :func:`mambax.load` takes as a Hugging Face one. Needs no framework.
+
+    Args:
+        source: a folder, or a repository ``"owner/name"``.
+        folder: where to write; not the source itself.
+        dtype: of the weights; as in the source when None.
+        revision, local_files_only, progress: as of :func:`mambax.load`.
+        max_shard_size: as of :func:`save_pretrained`.
+
+    Raises:
+        ValueError: when the folder is the source, and as :func:`mambax.load` does.
+        OSError: as :func:`mambax.load` and :func:`save_pretrained` do.
+    """
+    if Path(source).is_dir() and Path(source).resolve() == Path(folder).resolve():
+        raise ValueError(f"{folder}: source and target are the same folder; name another target")
+    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "progress": progress}
+    model = load(source, backend="numpy", dtype=dtype, **options)
+    save_pretrained(model, folder, max_shard_size=max_shard_size)
+
+
+def _describe(model: Any) -> Description:
+    nn, config = model.nn, model.config
+    if isinstance(model, nn.MambaForSequenceClassification) and isinstance(config, MambaClassificationConfig):
+        return Description(config, CLASSIFIER, config.pooling)
+    if isinstance(model, nn.MambaForFeatureExtraction):
+        return Description(config, ENCODER, model.pooling)
+    if isinstance(model, nn.MambaForCausalLM):
+        return Description(config, CAUSAL_LM)
+    raise ValueError(
+        "save_pretrained: expected a MambaForCausalLM, MambaForSequenceClassification or MambaForFeatureExtraction "
+        f"of the {nn.name} backend, found {type(model).__name__}; save others with their framework's own means"
+    )
+
+
+def _check_parameters(model: Any, parameters: dict[str, Any], described: Description) -> dict[str, TensorInfo]:
+    """dtype and shape of every parameter, if they are those that a model of this configuration has."""
+    reference = get_backend("numpy")
+    empty = skeleton(reference, described)
+    expected = {name: tuple(array.shape) for name, array in reference.parameters(empty).items()}
+    found = {name: tuple(array.shape) for name, array in parameters.items()}
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    names = {dtype: name for name in FLOATS if (dtype := _dtype_or_none(model.nn, name)) is not None}
+    different += sorted(name for name in expected.keys() & found.keys() if parameters[name].dtype not in names)
+    if different:
+        first = different[0]
+        raise ValueError(
+            f"save_pretrained: parameter {first} is {found.get(first, 'missing')}, expected "
+            f"{expected.get(first, 'none of this name')} in float32, float16, bfloat16 or float64. A checkpoint "
+            "can hold the model that its config describes alone: one with a mixer of your own, with adapters or "
+            "quantised is saved with its framework's own means"
+        )
+    return {name: TensorInfo(FLOATS[names[parameters[name].dtype]], shape) for name, shape in expected.items()}
+
+
+def _dtype_or_none(nn: Any, name: str) -> Any:
+    """The backend's dtype of this name; None where it has none."""
+    try:
+        return nn.dtype(name)
+    except ValueError:
+        return None
+
+
+def _shards(infos: dict[str, TensorInfo], limit: int) -> dict[str, list[str]]:
+    """File name -> parameters, none above the limit unless a single parameter is."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, info in infos.items():
+        if groups[-1] and size + info.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += info.nbytes
+    if len(groups) == 1:
+        return {SAFETENSORS: groups[0]}
+    stem = SAFETENSORS.removesuffix(".safetensors")
+    return {f"{stem}-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _index(infos: dict[str, TensorInfo], shards: dict[str, list[str]]) -> dict[str, Any]:
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    total = sum(info.nbytes for info in infos.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _move_all(staging: Path, target: Path, shards: dict[str, list[str]]) -> None:
+    """Put the new files in their places, and take away those of an older checkpoint that would be read instead."""
+    stale = {path.name for path in target.glob("model-[0-9]*-of-[0-9]*.safetensors")} | {SAFETENSORS, INDEX}
+    stale -= shards.keys() | ({INDEX} if len(shards) > 1 else set())
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            place = target / path.relative_to(staging)
+            place.parent.mkdir(exist_ok=True)
+            path.replace(place)
+    for name in stale:
+        (target / name).unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""``mambax info``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambax.checkpoint.json_files import read_object
+from mambax.checkpoint.layouts import Description, read_config
+from mambax.checkpoint.loading import skeleton
+from mambax.checkpoint.matching import main_dtype, match, parameter_dtype
+from mambax.checkpoint.sources import CONFIG, Folder, Source, open_source
+from mambax.checkpoint.weights import open_weights
+from mambax.cli.terminal import size
+from mambax.config import MambaConfig
+from mambax.registry import get_backend
+
+DTYPES = ("float32", "bfloat16")
+FIELDS = (
+    "d_model", "n_layer", "d_inner", "d_state", "d_conv", "dt_rank", "vocab_size", "tie_embeddings", "num_labels",
+    "use_bias", "use_conv_bias", "norm_epsilon", "residual_in_fp32", "eos_token_id",
+)  # fmt: skip
+
+
+def info(name: str, revision: str | None, offline: bool) -> None:
+    """Print what a checkpoint is. Reads its configuration and, in a folder, the headers of its weights.
+
+    Args:
+        name: a folder or a repository; of the latter, only small files are downloaded.
+        revision: a branch, tag or commit of the repository.
+        offline: use what was downloaded before, and no network.
+
+    Raises:
+        ValueError, OSError: as :func:`mambax.load` does.
+    """
+    from rich.console import Console
+
+    source = open_source(name, revision=revision, local_files_only=offline)
+    path = source.find(CONFIG)
+    if path is None:
+        raise FileNotFoundError(f"{name}: no {CONFIG}; expected a checkpoint folder; {source.describe()}")
+    described = read_config(read_object(path), str(path))
+    shapes = _shapes(described)
+    rows = _family(name, described) | _weights(source, described, shapes)
+    rows |= {f"size in {dtype}": size(_bytes(shapes, dtype)) for dtype in DTYPES}
+    rows |= {f"state per sequence, {dtype}": size(state_bytes(described.config, dtype)) for dtype in DTYPES}
+    rows |= _tokenizer(source)
+    out, width = Console(highlight=False, soft_wrap=True), max(map(len, rows))
+    for label, value in rows.items():
+        out.print(f"{label:<{width}}", style="dim", end="  ")
+        out.print(value, markup=False)
+
+
+def state_bytes(config: MambaConfig, dtype: str) -> int:
+    """Bytes of the recurrent state of one sequence: (K-1, D) in the dtype and (D, N) in float32, of each block."""
+    conv = (config.d_conv - 1) * config.d_inner * parameter_dtype("", dtype).itemsize
+    return config.n_layer * (conv + config.d_inner * config.d_state * 4) + np.dtype(np.int64).itemsize
+
+
+def _shapes(described: Description) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, from placeholders that hold no values."""
+    nn = get_backend("numpy")
+    return {name: tuple(array.shape) for name, array in nn.parameters(skeleton(nn, described)).items()}
+
+
+def _bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+    return sum(math.prod(shape) * parameter_dtype(name, dtype).itemsize for name, shape in shapes.items())
+
+
+def _family(name: str, described: Description) -> dict[str, str]:
+    config = described.config
+    rows = {"checkpoint": name, "family": "Mamba-1", "architecture": described.architecture}
+    rows["layout"] = "original (state-spaces)" if described.original else "Hugging Face"
+    return rows | {field: str(getattr(config, field)) for field in FIELDS if hasattr(config, field)}
+
+
+def _weights(source: Source, described: Description, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """What the files hold; their headers are checked against the configuration."""
+    count = sum(math.prod(shape) for shape in shapes.values())
+    rows = {"parameters": f"{count:,}"}
+    if not isinstance(source, Folder):
+        return rows | {"weights": "not looked at: they would have to be downloaded"}
+    tensors = open_weights(source)
+    found, _ = match(tensors, dict(shapes), described.architecture, source.name)
+    files = {Path(file.path) for file in tensors.values()}
+    dtype = main_dtype((item.parameter, item.info.dtype) for item in found)
+    names = ", ".join(sorted(path.name for path in files))
+    total = sum(path.stat().st_size for path in files)
+    return rows | {"weights": f"{names}, {dtype}, {size(total)}; names and shapes fit the configuration"}
+
+
+def _tokenizer(source: Source) -> dict[str, str]:
+    from mambax.checkpoint.loading import ORIGINAL_TOKENIZER
+    from mambax.tokenizer import Tokenizer
+    from mambax.tokenizer_files import FILES
+
+    paths = [source.find(file) for file in FILES if "*" not in file]
+    if paths[0] is None:
+        return {"tokenizer": f"none here (the original models use that of {ORIGINAL_TOKENIZER})"}
+    tokenizer = Tokenizer.from_pretrained(paths[0].parent)
+    special: dict[str, Any] = tokenizer.special_tokens
+    names = ", ".join(f"{role.removesuffix('_token')} {token!r}" for role, token in special.items())
+    template = "yes" if tokenizer.chat_template is not None else "none"
+    return {
+        "tokenizer": f"{tokenizer.vocab_size:,} tokens{', ' + names if names else ''}",
+        "chat template": template,
+    }
