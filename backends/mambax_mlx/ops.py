@@ -17,9 +17,9 @@ import numpy as np
 
 __all__ = [
     "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cumulative_logsumexp",
-    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64", "log",
-    "max", "maximum", "name", "no_grad", "silu", "softplus", "sort", "stack", "sum", "take_along_axis",
-    "to_numpy", "version", "where", "zeros",
+    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
+    "log", "max", "maximum", "name", "no_grad", "silu", "softplus", "sort", "stack", "stop_gradient", "sum",
+    "take_along_axis", "to_numpy", "unstack", "version", "where", "zeros",
 ]  # fmt: skip
 
 Array = mx.array
@@ -83,6 +83,13 @@ def stack(arrays: Sequence[Array], axis: int) -> Array:
     return mx.stack(list(arrays), axis)
 
 
+def unstack(x: Array, axis: int) -> Sequence[Array]:
+    """The slices along an axis."""
+    if x.shape[axis] == 1:
+        return [mx.squeeze(x, axis)]
+    return [mx.squeeze(part, axis) for part in mx.split(x, x.shape[axis], axis)]
+
+
 def where(condition: Array, x: Array, y: Array | float) -> Array:
     """x where the condition holds, else y."""
     return mx.where(condition, x, y)
@@ -141,6 +148,11 @@ def cumulative_sum(x: Array, axis: int) -> Array:
 def cumulative_logsumexp(x: Array, axis: int) -> Array:
     """Running log of the sum of exponentials along an axis."""
     return mx.logcumsumexp(x, axis)
+
+
+def stop_gradient(x: Array) -> Array:
+    """x, from which no gradient flows back."""
+    return mx.stop_gradient(x)
 
 
 def softplus(x: Array) -> Array:

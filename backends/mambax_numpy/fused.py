@@ -1,10 +1,11 @@
-"""The fused ops of the seam, in NumPy: the shared algorithms as they are."""
+"""The fused ops of the seam, in NumPy: the fused CPU kernels up to float32, the shared algorithms in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import mambax_cpu
 import numpy as np
 
 from mambax import convolution, scan
@@ -12,16 +13,37 @@ from mambax_numpy import ops
 
 
 def scan_implementations() -> Mapping[str, str]:
-    """Every algorithm of :mod:`mambax.scan` runs here."""
-    return dict.fromkeys(scan.ALGORITHMS, "")
+    """Every algorithm of :mod:`mambax.scan`, and the fused CPU kernels."""
+    return {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": mambax_cpu.missing()}
 
 
-def selective_scan(*args: Any, impl: str = "auto", **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`mambax.scan.selective_scan`, sequential unless named otherwise."""
-    algorithm = scan.choose(impl, "sequential", scan_implementations())
-    return scan.selective_scan(ops, *args, algorithm=algorithm, **options)
+def selective_scan(u: np.ndarray, *args: Any, impl: str = "auto", **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The selective scan; unless named otherwise by the fused kernels up to float32, else sequential."""
+    exact = u.dtype == np.float64
+    reason = "it computes in float32 and the arrays are float64; use 'sequential'" if exact else ""
+    available = {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": reason}
+    algorithm = scan.choose(impl, "sequential" if exact else "cpu", available)
+    if algorithm == "cpu":
+        from mambax_cpu import scan as fused
+
+        return fused.selective_scan(u, *args, **options)
+    return scan.selective_scan(ops, u, *args, algorithm=algorithm, **options)
 
 
-def causal_conv1d(*args: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`mambax.convolution.causal_conv1d`."""
-    return convolution.causal_conv1d(ops, *args, **options)
+def causal_conv1d(
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    initial_state: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    activation: str | None = "silu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`mambax.convolution.causal_conv1d`; by the fused kernels up to float32 where there is no mask."""
+    if mask is None and x.dtype != np.float64:
+        from mambax_cpu import convolution as fused
+
+        return fused.causal_conv1d(x, weight, bias, initial_state=initial_state, activation=activation)
+    return convolution.causal_conv1d(
+        ops, x, weight, bias, initial_state=initial_state, mask=mask, activation=activation
+    )

@@ -14,9 +14,9 @@ import numpy as np
 
 __all__ = [
     "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cumulative_logsumexp",
-    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64", "log",
-    "max", "maximum", "name", "no_grad", "silu", "softplus", "sort", "stack", "sum", "take_along_axis",
-    "to_numpy", "version", "where", "zeros",
+    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
+    "log", "max", "maximum", "name", "no_grad", "silu", "softplus", "sort", "stack", "stop_gradient", "sum",
+    "take_along_axis", "to_numpy", "unstack", "version", "where", "zeros",
 ]  # fmt: skip
 
 Array = np.ndarray
@@ -62,6 +62,11 @@ def concat(arrays: Sequence[Array], axis: int) -> Array:
 def stack(arrays: Sequence[Array], axis: int) -> Array:
     """Joined along a new axis."""
     return np.stack(arrays, axis)
+
+
+def unstack(x: Array, axis: int) -> Sequence[Array]:
+    """The slices along an axis."""
+    return list(np.moveaxis(x, axis, 0))
 
 
 def where(condition: Array, x: Array, y: Array | float) -> Array:
@@ -122,6 +127,11 @@ def cumulative_sum(x: Array, axis: int) -> Array:
 def cumulative_logsumexp(x: Array, axis: int) -> Array:
     """Running log of the sum of exponentials along an axis."""
     return np.logaddexp.accumulate(x, axis)
+
+
+def stop_gradient(x: Array) -> Array:
+    """x, from which no gradient flows back."""
+    return x
 
 
 def softplus(x: Array) -> Array:

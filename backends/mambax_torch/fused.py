@@ -5,24 +5,62 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import mambax_cpu
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mambax import convolution, scan
 from mambax_torch import ops
 
 
 def scan_implementations() -> Mapping[str, str]:
-    """Every algorithm of :mod:`mambax.scan` runs here."""
-    return dict.fromkeys(scan.ALGORITHMS, "")
+    """Every algorithm of :mod:`mambax.scan`, and the fused kernels for tensors in host memory."""
+    return {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": mambax_cpu.missing()}
+
+
+def _not_by_cpu_kernels(x: Tensor) -> str:
+    """Why the fused CPU kernels cannot take this tensor here; empty when they can."""
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}"
+    if x.dtype == torch.float64:
+        return "it computes in float32 and the tensors are float64; use 'sequential' or 'pscan'"
+    if torch.compiler.is_compiling():
+        return ""
+    # Here PyTorch would hand over wrapped tensors without memory, or drop the tangent.
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "it cannot run inside torch.func transforms and forward-mode differentiation; use 'pscan'"
+    return ""
 
 
 def selective_scan(u: Tensor, *args: Any, impl: str = "auto", **options: Any) -> tuple[Tensor, Tensor]:
-    """:func:`mambax.scan.selective_scan`; parallel unless named otherwise or for a single token."""
-    automatic = "sequential" if u.shape[1] == 1 else "pscan"
-    algorithm = scan.choose(impl, automatic, scan_implementations())
-    return scan.selective_scan(ops, u, *args, algorithm=algorithm, **options)
+    """:func:`mambax.scan.selective_scan`. Unless named otherwise: the fused kernels on the CPU up to float32, else
+    parallel, or sequential for a single token."""
+    reason = _not_by_cpu_kernels(u)
+    automatic = ("sequential" if u.shape[1] == 1 else "pscan") if reason else "cpu"
+    algorithm = scan.choose(impl, automatic, {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": reason})
+    if algorithm == "cpu":
+        from mambax_torch import cpu_ops
+
+        return cpu_ops.selective_scan(u, *args, **options)
+    with torch.autocast(u.device.type, enabled=False):  # its products of states stay in float32
+        return scan.selective_scan(ops, u, *args, algorithm=algorithm, **options)
 
 
-def causal_conv1d(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """:func:`mambax.convolution.causal_conv1d`."""
-    return convolution.causal_conv1d(ops, *args, **options)
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = "silu",
+) -> tuple[Tensor, Tensor]:
+    """:func:`mambax.convolution.causal_conv1d`; by the fused kernels on the CPU where there is no mask."""
+    if mask is None and not _not_by_cpu_kernels(x):
+        from mambax_torch import cpu_ops
+
+        return cpu_ops.causal_conv1d(x, weight, bias, initial_state=initial_state, activation=activation)
+    return convolution.causal_conv1d(
+        ops, x, weight, bias, initial_state=initial_state, mask=mask, activation=activation
+    )

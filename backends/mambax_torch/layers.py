@@ -83,6 +83,8 @@ class CausalConv1d(Module):
         bias: (D,) or None.
     """
 
+    bias: Tensor | None
+
     def __init__(self, weight: Initial, bias: Initial | None) -> None:
         super().__init__()
         self.weight = Parameter(weight)

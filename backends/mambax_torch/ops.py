@@ -13,9 +13,9 @@ from torch import Tensor
 
 __all__ = [
     "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cumulative_logsumexp",
-    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64", "log",
-    "max", "maximum", "name", "no_grad", "silu", "softplus", "sort", "stack", "sum", "take_along_axis",
-    "to_numpy", "version", "where", "zeros",
+    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
+    "log", "max", "maximum", "name", "no_grad", "silu", "softplus", "sort", "stack", "stop_gradient", "sum",
+    "take_along_axis", "to_numpy", "unstack", "version", "where", "zeros",
 ]  # fmt: skip
 
 name = "torch"
@@ -63,6 +63,11 @@ def concat(arrays: Sequence[Tensor], axis: int) -> Tensor:
 def stack(arrays: Sequence[Tensor], axis: int) -> Tensor:
     """Joined along a new axis."""
     return torch.stack(list(arrays), axis)
+
+
+def unstack(x: Tensor, axis: int) -> Sequence[Tensor]:
+    """The slices along an axis."""
+    return torch.unbind(x, axis)
 
 
 def where(condition: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
@@ -123,6 +128,11 @@ def cumulative_sum(x: Tensor, axis: int) -> Tensor:
 def cumulative_logsumexp(x: Tensor, axis: int) -> Tensor:
     """Running log of the sum of exponentials along an axis."""
     return torch.logcumsumexp(x, axis)
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """x, from which no gradient flows back."""
+    return x.detach()
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -1,0 +1,154 @@
+"""The fused causal convolution and its gradient over NumPy arrays.
+
+Dimensions: B batch, L length, D channels, K width of the convolution.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mambax_cpu import conv_kernels as kernel
+from mambax_cpu.operands import check_shape, kernel_ready, refuse_float64, room, table
+from mambax_cpu.simd import WIDTH
+from mambax_cpu.threads import default_threads, run
+
+_SMALL = 1 << 18
+"""Products (B L D K) below which waking another thread costs more than it saves."""
+
+
+class Arguments(NamedTuple):
+    """What a convolution is given, ready for the kernels; made by :func:`arguments`."""
+
+    x: np.ndarray  # (B, L, D)
+    weight: np.ndarray  # (D, K)
+    bias: np.ndarray | None  # (D,)
+    initial_state: np.ndarray | None  # (B, K-1, D)
+    silu: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, L, D, K."""
+        batch, length, channels = self.x.shape
+        return batch, length, channels, self.weight.shape[1]
+
+
+class Gradients(NamedTuple):
+    """The gradients of a convolution, float32, shaped as its arguments; None where an argument is None."""
+
+    x: np.ndarray
+    weight: np.ndarray  # (D, 1, K)
+    bias: np.ndarray | None
+    initial_state: np.ndarray | None
+
+
+def arguments(
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    initial_state: np.ndarray | None = None,
+    activation: str | None = "silu",
+) -> Arguments:
+    """The arguments of :func:`mambax.convolution.causal_conv1d` (those without a mask), checked and ready.
+
+    Raises:
+        ValueError: for a shape that does not fit, another activation, and float64, which the kernels would round.
+    """
+    if activation not in ("silu", None):
+        raise ValueError(f"causal_conv1d: activation is {activation!r}; expected 'silu' or None")
+    if x.ndim != 3 or weight.ndim != 3:
+        raise ValueError(
+            f"causal_conv1d: x must be (B, L, D) and weight (D, 1, K), found {x.shape}, {weight.shape}"
+        )
+    batch, _, channels = x.shape
+    width = weight.shape[2]
+    check_shape("causal_conv1d", "weight", weight, (channels, 1, width))
+    check_shape("causal_conv1d", "bias", bias, (channels,))
+    check_shape("causal_conv1d", "initial_state", initial_state, (batch, width - 1, channels))
+    refuse_float64("causal_conv1d", x)
+    return Arguments(
+        *(kernel_ready(array) for array in (x, weight[:, 0])),
+        *(kernel_ready(array) for array in (bias, initial_state)),
+        activation == "silu",
+    )
+
+
+def forward(given: Arguments, *, threads: int | None = None) -> np.ndarray:
+    """y (B, L, D) float32.
+
+    Args:
+        given: from :func:`arguments`.
+        threads: how many may work; as many as :func:`mambax_cpu.threads.default_threads` says when None.
+    """
+    batch, length, channels, width = given.sizes
+    y = room(batch, length, channels)
+    views = table([given.x, given.weight, given.bias, given.initial_state, y])
+
+    def work(first: int, last: int) -> None:
+        scratch = room(kernel.forward_scratch(channels, width))
+        kernel.forward(views, length, channels, width, given.silu, first, last, scratch)
+
+    run(work, batch * length, _threads(given, threads))
+    return y
+
+
+def backward(given: Arguments, dy: np.ndarray, *, threads: int | None = None) -> Gradients:
+    """The gradient of :func:`forward`, the same bits whatever the number of threads.
+
+    Args:
+        given: what :func:`forward` was given.
+        dy: (B, L, D) gradient of its result.
+        threads: as in :func:`forward`.
+    """
+    batch, length, channels, width = given.sizes
+    check_shape("causal_conv1d", "the gradient of y", dy, (batch, length, channels))
+    dy = kernel_ready(dy)
+    dx = room(batch, length, channels)
+    dweight = room(batch, channels, width)
+    dbias = room(batch, channels)
+    dinitial = None if given.initial_state is None else room(batch, width - 1, channels)
+    views = table([given.x, given.weight, given.bias, given.initial_state, None, dy, dx, dweight, dbias, dinitial])
+
+    def work(first: int, last: int) -> None:
+        scratch = room(kernel.backward_scratch(width))
+        kernel.backward(views, length, channels, width, given.silu, first, last, scratch)
+
+    run(work, batch * -(-channels // WIDTH), _threads(given, threads))
+    with np.errstate(over="ignore", invalid="ignore"):  # a loss that is infinite is for the caller to notice
+        return Gradients(dx, dweight.sum(0)[:, None], None if given.bias is None else dbias.sum(0), dinitial)
+
+
+def last_inputs(x: np.ndarray, initial_state: np.ndarray | None, count: int) -> np.ndarray:
+    """The last `count` (K-1) inputs, (B, count, D): the state after x, in the dtype of x."""
+    batch, length, channels = x.shape
+    if length >= count:
+        return x[:, length - count :].copy()
+    if initial_state is None:
+        initial_state = np.zeros((batch, count, channels), x.dtype)
+    return np.concatenate([initial_state[:, length:].astype(x.dtype, copy=False), x], axis=1)
+
+
+def causal_conv1d(
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    initial_state: np.ndarray | None = None,
+    activation: str | None = "silu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`mambax.convolution.causal_conv1d` without a mask, over NumPy arrays of float32 or narrower.
+
+    Raises:
+        ValueError: for a shape that does not fit, another activation, and float64.
+    """
+    given = arguments(x, weight, bias, initial_state=initial_state, activation=activation)
+    return forward(given).astype(x.dtype, copy=False), last_inputs(x, initial_state, weight.shape[2] - 1)
+
+
+def _threads(given: Arguments, threads: int | None) -> int:
+    batch, length, channels, width = given.sizes
+    if batch * length * channels * width < _SMALL:
+        return 1
+    return default_threads() if threads is None else threads

@@ -1,0 +1,101 @@
+"""How kernels read and write operands: addresses from the operand table, ragged channel blocks, transposed states.
+
+Everything here is called from within kernels. `views` is the table of :mod:`mambax_cpu.operands`, `which` one of
+its rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from mambax_cpu.simd import INLINED, PART, WIDTH, bytes_at, floats, load, pointer, splat, store
+
+
+@intrinsic
+def at(typing_context, views, which, row, step):
+    """The address of [row, step, 0] of a float32 operand."""
+
+    def generate(context, builder, signature, args):
+        views, which, row, step = args
+        first = builder.mul(which, ir.Constant(which.type, 3))
+        address, row_stride, step_stride = (
+            builder.load(builder.gep(views, [builder.add(first, ir.Constant(which.type, i))])) for i in range(3)
+        )
+        elements = builder.add(builder.mul(row, row_stride), builder.mul(step, step_stride))
+        return builder.gep(builder.inttoptr(address, context.get_value_type(floats)), [elements])
+
+    return floats(types.CPointer(types.int64), types.int64, types.int64, types.int64), generate
+
+
+@njit(**INLINED)
+def exists(views, which, row, step):  # pragma: no cover
+    """Whether a mask (B, L) lets this position exist; True where there is no mask."""
+    if views[3 * which] == 0:
+        return True
+    return bytes_at(views[3 * which])[row * views[3 * which + 1] + step * views[3 * which + 2]] != 0
+
+
+@njit(**PART)
+def zero(base, count):  # pragma: no cover
+    """Zero to `count` times sixteen values."""
+    for i in range(count):
+        store(base, i * WIDTH, splat(0.0))
+
+
+@njit(**INLINED)
+def load_some(base, index, width, spare):  # pragma: no cover
+    """The `width` values from base[index] on; zero in the other lanes. `spare` is room for sixteen."""
+    if width == WIDTH:
+        return load(base, index)
+    store(spare, 0, splat(0.0))
+    for lane in range(width):
+        spare[lane] = base[index + lane]
+    return load(spare, 0)
+
+
+@njit(**INLINED)
+def store_some(base, index, width, value, spare):  # pragma: no cover
+    """The first `width` lanes to base[index] and on."""
+    if width == WIDTH:
+        store(base, index, value)
+        return
+    store(spare, 0, value)
+    for lane in range(width):
+        base[index + lane] = spare[lane]
+
+
+@njit(**INLINED)
+def load_vector(views, which, channel, width, spare):  # pragma: no cover
+    """Sixteen values of a (D,) operand from `channel` on; zero where it is absent."""
+    if views[3 * which] == 0:
+        return splat(0.0)
+    return load_some(pointer(views[3 * which]), channel, width, spare)
+
+
+@njit(**PART)
+def load_columns(rows, stride, width, count, columns, factor):  # pragma: no cover
+    """columns[n][lane] = factor * rows[lane][n] for n below `count`; zero in lanes from `width` on."""
+    zero(columns, count)
+    for lane in range(width):
+        for n in range(count):
+            columns[n * WIDTH + lane] = rows[lane * stride + n] * np.float32(factor)
+
+
+@njit(**PART)
+def store_columns(columns, count, width, rows, stride):  # pragma: no cover
+    """rows[lane][n] = columns[n][lane]."""
+    for lane in range(width):
+        for n in range(count):
+            rows[lane * stride + n] = columns[n * WIDTH + lane]
+
+
+@njit(**PART)
+def load_state(views, which, row, channel, width, states, columns):  # pragma: no cover
+    """Sixteen channels of a (B, D, N) operand as (N, 16); zero where it is absent."""
+    if views[3 * which] == 0:
+        zero(columns, states)
+    else:
+        load_columns(at(views, which, row, channel), views[3 * which + 2], width, states, columns, 1.0)

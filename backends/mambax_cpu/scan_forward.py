@@ -1,0 +1,178 @@
+"""The selective scan, in Numba.
+
+A task is one row of the batch and sixteen neighbouring channels. It goes through the sequence in tiles of `TILE`
+steps: what depends on the step and the channel alone is prepared for the whole tile, then each state number runs
+over the tile in a register, channels across its lanes. Tiles live in the first-level cache. On request the state
+before every tile is saved, for :mod:`mambax_cpu.scan_backward`.
+
+Dimensions: B batch, L length, D channels, N d_state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from mambax_cpu.memory import (
+    at,
+    exists,
+    load_columns,
+    load_some,
+    load_state,
+    load_vector,
+    store_columns,
+    store_some,
+)
+from mambax_cpu.simd import (
+    LOG2_E,
+    PART,
+    WIDTH,
+    exp2,
+    integers_at,
+    kernel,
+    load,
+    multiply_add,
+    pointer,
+    prefetch,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+    total,
+)
+
+TILE = 32
+"""Steps of a tile; the state is saved once per tile for the backward pass."""
+
+# Rows of the operand table (see operands.py).
+U, DELTA, Z, B, C, MASK, A, D, BIAS, INITIAL, SAVED, Y, FINAL = range(13)
+
+
+def scratch_size(states: int) -> int:
+    """float32 values that a thread of the kernel needs for N = states."""
+    return WIDTH * (3 * TILE + 1 + 2 * states)
+
+
+@njit(**PART)
+def prepare(views, use_softplus, row, start, steps, channel, width, dt, x, ahead, spare):  # pragma: no cover
+    """delta after bias, softplus and mask to `dt`, u after mask to `x`, for the steps of a tile.
+
+    Neighbouring steps lie so far apart in memory that no hardware sees the pattern: what will be read `ahead` steps
+    from here is asked for now.
+    """
+    bias = load_vector(views, BIAS, channel, width, spare)
+    for t in range(steps):
+        later = start + t + ahead
+        prefetch(at(views, DELTA, row, later), channel)
+        prefetch(at(views, U, row, later), channel)
+        if views[3 * Z] != 0:
+            prefetch(at(views, Z, row, later), channel)
+        if not exists(views, MASK, row, start + t):
+            store(dt, t * WIDTH, splat(0.0))
+            store(x, t * WIDTH, splat(0.0))
+            continue
+        raw = load_some(at(views, DELTA, row, start + t), channel, width, spare) + bias
+        if use_softplus:
+            raw = softplus(raw)
+        store(dt, t * WIDTH, raw)
+        store(x, t * WIDTH, load_some(at(views, U, row, start + t), channel, width, spare))
+
+
+@kernel
+def forward(table, length, channels, states, use_softplus, first, last, scratch):  # pragma: no cover
+    """Tasks `first` to `last` - 1 of the forward scan.
+
+    Args:
+        table: the operand table up to FINAL.
+        length, channels, states: L, D, N.
+        use_softplus: whether delta goes through softplus.
+        first, last: tasks, of B * ceil(D / 16).
+        scratch: float32, of :func:`scratch_size`.
+    """
+    views, base = integers_at(table.ctypes.data), scratch.ctypes.data
+    dt, dtu = pointer(base), pointer(base + 4 * TILE * WIDTH)
+    y, spare = pointer(base + 8 * TILE * WIDTH), pointer(base + 12 * TILE * WIDTH)
+    base += 4 * WIDTH * (3 * TILE + 1)
+    h, a = pointer(base), pointer(base + 4 * WIDTH * states)
+    blocks = (channels + WIDTH - 1) // WIDTH
+    tiles = (length + TILE - 1) // TILE
+    for task in range(first, last):
+        row, channel = task // blocks, task % blocks * WIDTH
+        width = min(WIDTH, channels - channel)
+        if length == 1 and views[3 * SAVED] == 0:
+            prepare(views, use_softplus, row, 0, 1, channel, width, dt, dtu, 0, spare)
+            _start_outputs(views, 1, channel, width, dt, dtu, y, spare)
+            _step(views, row, channel, width, states, dt, dtu, y, spare)
+            _finish_outputs(views, row, 0, 1, channel, width, y, spare)
+            continue
+        load_columns(at(views, A, channel, 0), views[3 * A + 1], width, states, a, LOG2_E)
+        load_state(views, INITIAL, row, channel, width, states, h)
+        for tile in range(tiles):
+            start = tile * TILE
+            steps = min(TILE, length - start)
+            if views[3 * SAVED] != 0:
+                saved = pointer(views[3 * SAVED] + 4 * WIDTH * states * (task * tiles + tile))
+                for n in range(states):
+                    store(saved, n * WIDTH, load(h, n * WIDTH))
+            prepare(views, use_softplus, row, start, steps, channel, width, dt, dtu, TILE, spare)
+            _start_outputs(views, steps, channel, width, dt, dtu, y, spare)
+            _advance(views, row, start, steps, states, a, h, dt, dtu, y)
+            _finish_outputs(views, row, start, steps, channel, width, y, spare)
+        store_columns(h, states, width, at(views, FINAL, row, channel), views[3 * FINAL + 2])
+
+
+@njit(**PART)
+def _start_outputs(views, steps, channel, width, dt, x, y, spare):  # pragma: no cover
+    """y = D u; then x, which held u, becomes delta u."""
+    skip = load_vector(views, D, channel, width, spare)
+    for t in range(steps):
+        u = load(x, t * WIDTH)
+        store(y, t * WIDTH, u * skip)
+        store(x, t * WIDTH, u * load(dt, t * WIDTH))
+
+
+@njit(**PART)
+def _advance(views, row, start, steps, states, a, h, dt, dtu, y):  # pragma: no cover
+    """The recurrence: h over the steps of a tile, y += C . h."""
+    b, c = at(views, B, row, start), at(views, C, row, start)
+    b_stride, c_stride = views[3 * B + 2], views[3 * C + 2]
+    for n in range(states):
+        a_n, h_n = load(a, n * WIDTH), load(h, n * WIDTH)
+        for t in range(steps):
+            decay = exp2(load(dt, t * WIDTH) * a_n)
+            h_n = multiply_add(decay, h_n, load(dtu, t * WIDTH) * splat(b[t * b_stride + n]))
+            store(y, t * WIDTH, load(y, t * WIDTH) + h_n * splat(c[t * c_stride + n]))
+        store(h, n * WIDTH, h_n)
+
+
+@njit(**PART)
+def _step(views, row, channel, width, states, dt, dtu, y, spare):  # pragma: no cover
+    """The recurrence for a single step: state numbers across lanes, as they lie in memory; y += C . h."""
+    b, c = at(views, B, row, 0), at(views, C, row, 0)
+    for lane in range(width):
+        a, final = at(views, A, channel + lane, 0), at(views, FINAL, row, channel + lane)
+        initial = at(views, INITIAL, row, channel + lane)
+        dt_lane, dtu_lane = splat(dt[lane] * np.float32(LOG2_E)), splat(dtu[lane])
+        out = splat(0.0)
+        for n in range(0, states, WIDTH):
+            count = min(WIDTH, states - n)
+            h = dtu_lane * load_some(b, n, count, spare)
+            if views[3 * INITIAL] != 0:
+                decay = exp2(dt_lane * load_some(a, n, count, spare))
+                h = multiply_add(decay, load_some(initial, n, count, spare), h)
+            store_some(final, n, count, h, spare)
+            out = multiply_add(h, load_some(c, n, count, spare), out)
+        y[lane] += total(out)
+
+
+@njit(**PART)
+def _finish_outputs(views, row, start, steps, channel, width, y, spare):  # pragma: no cover
+    """y through the gate and out; zero where a position does not exist."""
+    for t in range(steps):
+        value = load(y, t * WIDTH)
+        if not exists(views, MASK, row, start + t):
+            value = splat(0.0)
+        elif views[3 * Z] != 0:
+            z = load_some(at(views, Z, row, start + t), channel, width, spare)
+            value = value * z * sigmoid(z)
+        store_some(at(views, Y, row, start + t), channel, width, value, spare)

@@ -1,0 +1,78 @@
+"""The fused CPU kernels on MLX arrays in host memory, differentiable.
+
+The kernels run when they are called, so the arguments are computed then, which MLX does not allow inside ``mx.compile``
+and ``mx.vmap``: there it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mambax_cpu import scan
+
+_NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+"""The arguments that have a gradient, in the order of :class:`mambax_cpu.scan.Gradients`."""
+
+
+def _array(x: mx.array | None) -> np.ndarray | None:
+    """The values as a NumPy array, shared where NumPy has the dtype."""
+    if x is None:
+        return None
+    return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x, copy=False)
+
+
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError(
+        "the fused CPU scan has first gradients in reverse mode only; use the implementation 'pscan' for others"
+    )
+
+
+def selective_scan(
+    u: mx.array,
+    delta: mx.array,
+    A: mx.array,
+    B: mx.array,
+    C: mx.array,
+    D: mx.array | None = None,
+    *,
+    z: mx.array | None = None,
+    delta_bias: mx.array | None = None,
+    delta_softplus: bool = False,
+    initial_state: mx.array | None = None,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """:func:`mambax.scan.selective_scan` by the fused kernels, differentiable (once).
+
+    Raises:
+        ValueError: for a shape that does not fit.
+    """
+    values = dict(zip(_NAMES, (u, delta, A, B, C, D, z, delta_bias, initial_state), strict=True))
+    present = [name for name, value in values.items() if value is not None]
+
+    def given(arrays: Sequence[mx.array]) -> scan.Arguments:
+        named: dict[str, Any] = {name: _array(x) for name, x in zip(present, arrays, strict=True)}
+        return scan.arguments(**named, delta_softplus=delta_softplus, mask=_array(mask))
+
+    @mx.custom_function
+    def run(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+        y, final, _ = scan.forward(given(arrays))
+        return mx.array(y).astype(u.dtype), mx.array(final)
+
+    @mx.custom_function
+    def gradient(*arrays: mx.array) -> tuple[mx.array, ...]:
+        *arrays, dy, dfinal = arrays
+        arguments = given(arrays)
+        saved = scan.forward(arguments, save=True)[2]  # computed again: MLX has no place to keep it
+        gradients = scan.backward(arguments, saved, _array(dy), _array(dfinal))._asdict()
+        return tuple(mx.array(gradients[name]).astype(x.dtype) for name, x in zip(present, arrays, strict=True))
+
+    @run.vjp
+    def run_vjp(arrays: Sequence[mx.array], cotangents: Sequence[mx.array], _: Any) -> tuple[mx.array, ...]:
+        return gradient(*arrays, *cotangents)
+
+    for function in (run.jvp, gradient.jvp, gradient.vjp):
+        function(_refuse)
+    return run(*(values[name] for name in present))
