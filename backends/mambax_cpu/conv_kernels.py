@@ -9,15 +9,11 @@ Dimensions: B batch, L length, D channels, K width of the convolution.
 
 from __future__ import annotations
 
-from numba import njit
-
+from mambax_cpu.compilation import inlined, kernel, part
 from mambax_cpu.memory import at, load_columns, load_some, load_vector, store_columns, store_some, zero
 from mambax_cpu.simd import (
-    INLINED,
-    PART,
     WIDTH,
     integers_at,
-    kernel,
     load,
     pointer,
     prefetch,
@@ -29,7 +25,7 @@ from mambax_cpu.simd import (
 TILE = 64
 """Steps of a tile of the backward kernel."""
 
-# Rows of the operand table (see operands.py); W is the weight as (D, K). Then, for the backward kernel, the
+# Rows of the operand table (see operands.py); W is the weight as (D, K). Then, for the backward the
 # gradients given and those to write: of the weight (B, D, K) and the bias (B, D) one share per row of the batch.
 X, W, BIAS, INITIAL, Y = range(5)
 DY, DX, DW, DBIAS, DINITIAL = range(5, 10)
@@ -45,7 +41,7 @@ def backward_scratch(width: int) -> int:
     return WIDTH * (TILE + 3 * width + 1)
 
 
-@njit(**INLINED)
+@inlined
 def _input(views, row, step, past, channel, lanes, spare):  # pragma: no cover
     """Sixteen channels of the input at a step, which lies in the initial state where it is negative."""
     if step >= 0:
@@ -119,7 +115,7 @@ def backward(table, length, channels, width, silu, first, last, scratch):  # pra
         store_some(pointer(views[3 * DBIAS] + 4 * row * views[3 * DBIAS + 1]), channel, lanes, dbias, spare)
 
 
-@njit(**PART)
+@part
 def _inner(views, silu, row, step, width, channel, lanes, weights, dweights, spare):  # pragma: no cover
     """The gradient before the activation at a step; adds its share to that of the weight."""
     past = width - 1
@@ -137,7 +133,7 @@ def _inner(views, silu, row, step, width, channel, lanes, weights, dweights, spa
     return value
 
 
-@njit(**PART)
+@part
 def _to_inputs(views, row, first, steps, width, channel, lanes, weights, inner, spare):  # pragma: no cover
     """The gradient of the inputs `first` to `first` + steps - 1; inner[0] is that of the output at `first`.
 

@@ -69,9 +69,11 @@ def arguments(
     check_shape("causal_conv1d", "initial_state", initial_state, (batch, width - 1, channels))
     refuse_float64("causal_conv1d", x)
     return Arguments(
-        *(kernel_ready(array) for array in (x, weight[:, 0])),
-        *(kernel_ready(array) for array in (bias, initial_state)),
-        activation == "silu",
+        x=kernel_ready(x),
+        weight=kernel_ready(weight[:, 0]),
+        bias=kernel_ready(bias),
+        initial_state=kernel_ready(initial_state),
+        silu=activation == "silu",
     )
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import types
 
-from mambax_cpu.simd import INLINED, PART, WIDTH, bytes_at, floats, load, pointer, splat, store
+from mambax_cpu.compilation import inlined, intrinsic, part
+from mambax_cpu.simd import WIDTH, bytes_at, floats, load, pointer, splat, store
 
 
 @intrinsic
@@ -30,7 +30,7 @@ def at(typing_context, views, which, row, step):
     return floats(types.CPointer(types.int64), types.int64, types.int64, types.int64), generate
 
 
-@njit(**INLINED)
+@inlined
 def exists(views, which, row, step):  # pragma: no cover
     """Whether a mask (B, L) lets this position exist; True where there is no mask."""
     if views[3 * which] == 0:
@@ -38,14 +38,14 @@ def exists(views, which, row, step):  # pragma: no cover
     return bytes_at(views[3 * which])[row * views[3 * which + 1] + step * views[3 * which + 2]] != 0
 
 
-@njit(**PART)
+@part
 def zero(base, count):  # pragma: no cover
     """Zero to `count` times sixteen values."""
     for i in range(count):
         store(base, i * WIDTH, splat(0.0))
 
 
-@njit(**INLINED)
+@inlined
 def load_some(base, index, width, spare):  # pragma: no cover
     """The `width` values from base[index] on; zero in the other lanes. `spare` is room for sixteen."""
     if width == WIDTH:
@@ -56,7 +56,7 @@ def load_some(base, index, width, spare):  # pragma: no cover
     return load(spare, 0)
 
 
-@njit(**INLINED)
+@inlined
 def store_some(base, index, width, value, spare):  # pragma: no cover
     """The first `width` lanes to base[index] and on."""
     if width == WIDTH:
@@ -67,7 +67,7 @@ def store_some(base, index, width, value, spare):  # pragma: no cover
         base[index + lane] = spare[lane]
 
 
-@njit(**INLINED)
+@inlined
 def load_vector(views, which, channel, width, spare):  # pragma: no cover
     """Sixteen values of a (D,) operand from `channel` on; zero where it is absent."""
     if views[3 * which] == 0:
@@ -75,7 +75,7 @@ def load_vector(views, which, channel, width, spare):  # pragma: no cover
     return load_some(pointer(views[3 * which]), channel, width, spare)
 
 
-@njit(**PART)
+@part
 def load_columns(rows, stride, width, count, columns, factor):  # pragma: no cover
     """columns[n][lane] = factor * rows[lane][n] for n below `count`; zero in lanes from `width` on."""
     zero(columns, count)
@@ -84,7 +84,7 @@ def load_columns(rows, stride, width, count, columns, factor):  # pragma: no cov
             columns[n * WIDTH + lane] = rows[lane * stride + n] * np.float32(factor)
 
 
-@njit(**PART)
+@part
 def store_columns(columns, count, width, rows, stride):  # pragma: no cover
     """rows[lane][n] = columns[n][lane]."""
     for lane in range(width):
@@ -92,7 +92,7 @@ def store_columns(columns, count, width, rows, stride):  # pragma: no cover
             rows[lane * stride + n] = columns[n * WIDTH + lane]
 
 
-@njit(**PART)
+@part
 def load_state(views, which, row, channel, width, states, columns):  # pragma: no cover
     """Sixteen channels of a (B, D, N) operand as (N, 16); zero where it is absent."""
     if views[3 * which] == 0:

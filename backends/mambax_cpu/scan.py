@@ -101,10 +101,17 @@ def arguments(
         mask = np.asarray(mask, np.bool_)
         B, C = (np.where(mask[..., None], array, array.dtype.type(0)) for array in (B, C))
     return Arguments(
-        *(kernel_ready(array) for array in (u, delta, A, B, C)),
-        *(kernel_ready(array) for array in (D, z, delta_bias)),
-        delta_softplus,
-        *(kernel_ready(array) for array in (initial_state, mask)),
+        u=kernel_ready(u),
+        delta=kernel_ready(delta),
+        A=kernel_ready(A),
+        B=kernel_ready(B),
+        C=kernel_ready(C),
+        D=kernel_ready(D),
+        z=kernel_ready(z),
+        delta_bias=kernel_ready(delta_bias),
+        delta_softplus=delta_softplus,
+        initial_state=kernel_ready(initial_state),
+        mask=kernel_ready(mask),
     )
 
 

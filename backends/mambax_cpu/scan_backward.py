@@ -19,8 +19,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 
-from numba import njit
-
+from mambax_cpu.compilation import inlined, kernel, part
 from mambax_cpu.memory import (
     at,
     exists,
@@ -34,13 +33,10 @@ from mambax_cpu.memory import (
 )
 from mambax_cpu.scan_forward import BIAS, DELTA, FINAL, MASK, SAVED, TILE, A, B, C, D, Z, prepare
 from mambax_cpu.simd import (
-    INLINED,
     LOG2_E,
-    PART,
     WIDTH,
     exp2,
     integers_at,
-    kernel,
     load,
     multiply_add,
     pointer,
@@ -70,7 +66,7 @@ def scratch_size(states: int) -> int:
     return WIDTH * (_VECTORS + 2 * TILE * states + GROUP * (3 * states + 2))
 
 
-@njit(**INLINED)
+@inlined
 def _tile(base):  # pragma: no cover
     size = 4 * WIDTH * (TILE + 5)
     return Tile(
@@ -135,7 +131,7 @@ def backward(table, length, channels, states, use_softplus, first, last, scratch
             _close_block(views, row, channel, min(WIDTH, channels - channel), states, base + part * block, spare)
 
 
-@njit(**PART)
+@part
 def _open_block(views, row, channel, width, states, part):  # pragma: no cover
     """A and the gradient of the final state of sixteen channels; sums at zero."""
     size = 4 * WIDTH * states
@@ -144,7 +140,7 @@ def _open_block(views, row, channel, width, states, part):  # pragma: no cover
     zero(pointer(part + 2 * size), states + 2)
 
 
-@njit(**PART)
+@part
 def _close_block(views, row, channel, width, states, part, spare):  # pragma: no cover
     """Write the gradients of the initial state and of A, D and the bias of sixteen channels."""
     size = 4 * WIDTH * states
@@ -155,7 +151,7 @@ def _close_block(views, row, channel, width, states, part, spare):  # pragma: no
     store_some(pointer(views[3 * DBIAS] + 4 * row * views[3 * DBIAS + 1]), channel, width, load(sums, WIDTH), spare)
 
 
-@njit(**PART)
+@part
 def _gate(views, row, start, steps, channel, width, tile, sums, spare):  # pragma: no cover
     """g, delta u and D u of a tile; the sums over n start at zero."""
     skip = load_vector(views, D, channel, width, spare)
@@ -181,7 +177,7 @@ def _gate(views, row, start, steps, channel, width, tile, sums, spare):  # pragm
     store(sums, 0, dd)
 
 
-@njit(**PART)
+@part
 def _there_and_back(views, row, start, steps, states, tile, saved, part, db, dc):  # pragma: no cover
     """Every state of a tile again, forwards, and its gradient, backwards; one state number after another."""
     b, c = at(views, B, row, start), at(views, C, row, start)
@@ -216,7 +212,7 @@ def _there_and_back(views, row, start, steps, states, tile, saved, part, db, dc)
         store(da, n * WIDTH, da_n)
 
 
-@njit(**PART)
+@part
 def _finish(views, use_softplus, row, start, steps, channel, width, tile, sums, spare):  # pragma: no cover
     """The gradients of u, delta and z of a tile."""
     skip = load_vector(views, D, channel, width, spare)
@@ -245,7 +241,7 @@ def _finish(views, use_softplus, row, start, steps, channel, width, tile, sums, 
     store(sums, WIDTH, dbias)
 
 
-@njit(**PART)
+@part
 def _sum_lanes(views, which, group, step, steps, states, shares):  # pragma: no cover
     """The sums over a group's channels to [group, step, :], and zero in their place."""
     for t in range(steps):

@@ -11,8 +11,8 @@ Dimensions: B batch, L length, D channels, N d_state.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from mambax_cpu.compilation import kernel, part
 from mambax_cpu.memory import (
     at,
     exists,
@@ -25,11 +25,9 @@ from mambax_cpu.memory import (
 )
 from mambax_cpu.simd import (
     LOG2_E,
-    PART,
     WIDTH,
     exp2,
     integers_at,
-    kernel,
     load,
     multiply_add,
     pointer,
@@ -53,7 +51,7 @@ def scratch_size(states: int) -> int:
     return WIDTH * (3 * TILE + 1 + 2 * states)
 
 
-@njit(**PART)
+@part
 def prepare(views, use_softplus, row, start, steps, channel, width, dt, x, ahead, spare):  # pragma: no cover
     """delta after bias, softplus and mask to `dt`, u after mask to `x`, for the steps of a tile.
 
@@ -121,7 +119,7 @@ def forward(table, length, channels, states, use_softplus, first, last, scratch)
         store_columns(h, states, width, at(views, FINAL, row, channel), views[3 * FINAL + 2])
 
 
-@njit(**PART)
+@part
 def _start_outputs(views, steps, channel, width, dt, x, y, spare):  # pragma: no cover
     """y = D u; then x, which held u, becomes delta u."""
     skip = load_vector(views, D, channel, width, spare)
@@ -131,7 +129,7 @@ def _start_outputs(views, steps, channel, width, dt, x, y, spare):  # pragma: no
         store(x, t * WIDTH, u * load(dt, t * WIDTH))
 
 
-@njit(**PART)
+@part
 def _advance(views, row, start, steps, states, a, h, dt, dtu, y):  # pragma: no cover
     """The recurrence: h over the steps of a tile, y += C . h."""
     b, c = at(views, B, row, start), at(views, C, row, start)
@@ -145,7 +143,7 @@ def _advance(views, row, start, steps, states, a, h, dt, dtu, y):  # pragma: no 
         store(h, n * WIDTH, h_n)
 
 
-@njit(**PART)
+@part
 def _step(views, row, channel, width, states, dt, dtu, y, spare):  # pragma: no cover
     """The recurrence for a single step: state numbers across lanes, as they lie in memory; y += C . h."""
     b, c = at(views, B, row, 0), at(views, C, row, 0)
@@ -165,7 +163,7 @@ def _step(views, row, channel, width, states, dt, dtu, y, spare):  # pragma: no 
         y[lane] += total(out)
 
 
-@njit(**PART)
+@part
 def _finish_outputs(views, row, start, steps, channel, width, y, spare):  # pragma: no cover
     """y through the gate and out; zero where a position does not exist."""
     for t in range(steps):

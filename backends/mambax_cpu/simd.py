@@ -15,9 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import models, register_model
+
+from mambax_cpu.compilation import intrinsic, overload
 
 WIDTH = 16
 """Lanes of a value."""
@@ -42,26 +44,6 @@ floats = types.CPointer(types.float32)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _FLOATS)
-
-
-PART = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""Options of a Numba function that only kernels call."""
-INLINED = {**PART, "forceinline": True}
-"""The same for a short one, whose code LLVM is to put in place of the call."""
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """The function compiled by Numba at its first call, to run without the GIL.
-
-    The result is kept on disk where Numba finds a folder it may write to, and otherwise for this process alone.
-    What is kept is renewed when the function's own file changes; after editing a file it imports, touch it too.
-    """
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError as error:
-        if "no locator" not in str(error):  # Numba's words for having found no folder
-            raise
-        return njit(nogil=True)(function)
 
 
 # --- memory --------------------------------------------------------------------------------------------------
@@ -237,7 +219,7 @@ def _overload_binary(python_operator: Any) -> None:
 
         return lanes(lanes, lanes), generate
 
-    @overload(python_operator, jit_options=INLINED)
+    @overload(python_operator)
     def implement(a, b):  # Numba wants the two signatures equal to the letter
         if isinstance(a, Lanes) and isinstance(b, Lanes):
             return lambda a, b: emit(a, b)

@@ -7,9 +7,13 @@ here release the GIL, so that Python's threads do.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+_PIECES = 4
+"""Ranges per thread."""
 
 _pools: dict[int, ThreadPoolExecutor] = {}  # by process id: a fork inherits the object, but none of its threads
 
@@ -39,17 +43,29 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def run(kernel: Callable[[int, int], Any], count: int, threads: int) -> None:
-    """`kernel(first, last)` over the tasks 0 to count - 1, in at most `threads` ranges of nearly equal length.
+    """`kernel(first, last)` over the tasks 0 to count - 1, in nearly equal ranges, by up to `threads` threads.
 
-    The calling thread does the first range itself. Returns when all are done; an exception of any is raised.
+    The calling thread is one of them. Each takes the next range when it is done with one, so that a processor busy
+    with something else does not hold up the others. Returns when all are done; an exception of any is raised.
     """
     threads = max(1, min(threads, count))
     if threads == 1:
         kernel(0, count)
         return
-    bounds = [count * i // threads for i in range(threads + 1)]
+    pieces = min(count, _PIECES * threads)
+    ranges = deque((count * i // pieces, count * (i + 1) // pieces) for i in range(pieces))
+
+    def work() -> None:
+        while True:
+            try:
+                first, last = ranges.popleft()  # one operation, whatever other threads do
+            except IndexError:
+                return
+            kernel(first, last)
+
     pool = _pool()
-    others = [pool.submit(kernel, bounds[i], bounds[i + 1]) for i in range(1, threads)]
-    kernel(0, bounds[1])
+    others = [pool.submit(work) for _ in range(threads - 1)]
+    work()
     for other in others:
-        other.result()
+        if not other.cancel():  # one that has not begun has nothing left to do
+            other.result()

@@ -1,7 +1,7 @@
 """The fused CPU kernels on MLX arrays in host memory, differentiable.
 
-The kernels run when they are called, so the arguments are computed then, which MLX does not allow inside ``mx.compile``
-and ``mx.vmap``: there it raises.
+The kernels run when they are called, so the arguments are computed then, which MLX does not allow inside
+``mx.compile`` and ``mx.vmap``: there it raises.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ _NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 """The arguments that have a gradient, in the order of :class:`mambax_cpu.scan.Gradients`."""
 
 
-def _array(x: mx.array | None) -> np.ndarray | None:
+def _array(x: mx.array) -> np.ndarray:
     """The values as a NumPy array, shared where NumPy has the dtype."""
-    if x is None:
-        return None
     return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x, copy=False)
 
 
@@ -49,30 +47,27 @@ def selective_scan(
     Raises:
         ValueError: for a shape that does not fit.
     """
-    values = dict(zip(_NAMES, (u, delta, A, B, C, D, z, delta_bias, initial_state), strict=True))
+    values: dict[str, Any] = dict(zip(_NAMES, (u, delta, A, B, C, D, z, delta_bias, initial_state), strict=True))
     present = [name for name, value in values.items() if value is not None]
 
     def given(arrays: Sequence[mx.array]) -> scan.Arguments:
         named: dict[str, Any] = {name: _array(x) for name, x in zip(present, arrays, strict=True)}
-        return scan.arguments(**named, delta_softplus=delta_softplus, mask=_array(mask))
+        return scan.arguments(**named, delta_softplus=delta_softplus, mask=None if mask is None else _array(mask))
 
-    @mx.custom_function
     def run(*arrays: mx.array) -> tuple[mx.array, mx.array]:
         y, final, _ = scan.forward(given(arrays))
         return mx.array(y).astype(u.dtype), mx.array(final)
 
-    @mx.custom_function
-    def gradient(*arrays: mx.array) -> tuple[mx.array, ...]:
-        *arrays, dy, dfinal = arrays
+    def gradient(*arrays_and_cotangents: mx.array) -> tuple[mx.array, ...]:
+        *arrays, dy, dfinal = arrays_and_cotangents
         arguments = given(arrays)
         saved = scan.forward(arguments, save=True)[2]  # computed again: MLX has no place to keep it
         gradients = scan.backward(arguments, saved, _array(dy), _array(dfinal))._asdict()
         return tuple(mx.array(gradients[name]).astype(x.dtype) for name, x in zip(present, arrays, strict=True))
 
-    @run.vjp
-    def run_vjp(arrays: Sequence[mx.array], cotangents: Sequence[mx.array], _: Any) -> tuple[mx.array, ...]:
-        return gradient(*arrays, *cotangents)
-
-    for function in (run.jvp, gradient.jvp, gradient.vjp):
+    differentiable: Any = mx.custom_function(run)
+    differentiable_once: Any = mx.custom_function(gradient)
+    differentiable.vjp(lambda arrays, cotangents, _: differentiable_once(*arrays, *cotangents))
+    for function in (differentiable.jvp, differentiable_once.jvp, differentiable_once.vjp):
         function(_refuse)
-    return run(*(values[name] for name in present))
+    return differentiable(*(values[name] for name in present))

@@ -36,7 +36,9 @@ def _optional(x: Tensor | None) -> Tensor:
 
 def _direct(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the kernels may be called as they are: plain tensors, no gradient wanted, nothing traced."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     wanted = torch.is_grad_enabled()
     for x in tensors:

@@ -8,6 +8,7 @@ from typing import Any
 import mambax_cpu
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 from mambax import convolution, scan
@@ -28,7 +29,7 @@ def _not_by_cpu_kernels(x: Tensor) -> str:
     if torch.compiler.is_compiling():
         return ""
     # Here PyTorch would hand over wrapped tensors without memory, or drop the tangent.
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "it cannot run inside torch.func transforms and forward-mode differentiation; use 'pscan'"
     return ""
 
