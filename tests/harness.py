@@ -122,13 +122,16 @@ class Letters:
 
     eos_token_ids = (100,)
 
+    def __init__(self) -> None:
+        self.half = 0
+        self.asked: list[bool] = []  # of each stream, whether it carries on a text
+
     def encode(self, text: str) -> list[int]:
         return [10 + ord(letter) - ord("a") for letter in text]
 
-    def stream(self) -> Letters:
-        copy = type(self)()
-        copy.half = 0
-        return copy
+    def stream(self, *, continues: bool = False) -> Letters:
+        self.asked.append(continues)
+        return type(self)()
 
     def add(self, token: int) -> str:
         if token < 10:
@@ -140,8 +143,6 @@ class Letters:
     def finish(self) -> str:
         text, self.half = "?" * self.half, 0
         return text
-
-    half: int = 0
 
 
 def letters(tokens: list[int]) -> str:

@@ -67,6 +67,12 @@ def test_a_greedy_repetition_penalty(model):
     assert len({1, 2, 3, *row.tokens}) > 40  # a token comes again only where all logits left are negative
 
 
+def test_generated_text_carries_on_a_text(model):
+    """A detokeniser must not take the first token for the start of a text, which has no space in front."""
+    model.generate(["abc", "d"], max_new_tokens=1)
+    assert model.tokenizer.asked == [True, True]
+
+
 def test_every_form_of_a_prompt(model):
     want = model.generate([10, 11, 12], max_new_tokens=4).tokens
     for prompt in ("abc", np.array([10, 11, 12]), (10, 11, 12), np.array([10, 11, 12], np.uint8)):

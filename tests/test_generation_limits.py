@@ -125,6 +125,25 @@ def test_memory_of_a_prompt_of_100_000_tokens():
     assert peak_of_a_prompt(100_000) < 1.5 * peak_of_a_prompt(1_000)
 
 
+@pytest.mark.parametrize("backend", backend_params(("mlx",)))
+def test_memory_of_a_prompt_on_mlx_is_bounded_by_the_chunk(backend):
+    import mlx.core as mx
+
+    model = build(get_backend(backend), config_of(d_model=8, n_layer=2, d_state=4, dt_rank=1))
+    prompt = np.random.default_rng(0).integers(0, 101, 5_000)
+    model.generate(prompt[:600], max_new_tokens=1)
+
+    def peak(length: int, chunk: int) -> int:
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        model.generate(prompt[:length], max_new_tokens=1, prefill_chunk=chunk)
+        return mx.get_peak_memory() - before
+
+    assert peak(5_000, 200) < 1.3 * peak(1_000, 200)
+    assert peak(5_000, 5_000) > 3 * peak(5_000, 200)
+
+
 @pytest.mark.parametrize("backend", backend_params(("torch", "mlx")))
 def test_a_prompt_of_5000_tokens(backend):
     model = build(get_backend(backend), config_of(d_model=8, n_layer=1, d_state=4, dt_rank=1))

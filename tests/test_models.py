@@ -61,6 +61,19 @@ def test_a_block_alone(nn):
     assert_close(nn.to_numpy(y), x + nn.to_numpy(mixed))
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_residual_stream_is_as_wide_as_configured(nn, wide):
+    """In bfloat16 it decides what is lost between blocks; the tolerance of whole models would not see it."""
+    config = config_of(n_layer=2, residual_in_fp32=wide)
+    model = build(nn, config, weights_of(config), "bfloat16")
+    with nn.no_grad():
+        hidden = model.backbone.embeddings(nn.from_numpy(token_ids(2, 5)))
+        assert hidden.dtype == nn.dtype("bfloat16")
+        for layer in model.backbone.layers:
+            hidden, _ = layer(hidden)
+            assert hidden.dtype == (nn.float32 if wide else nn.dtype("bfloat16"))
+
+
 def test_an_encoder_alone_has_no_vocabulary(nn):
     config = MambaConfig(**SIZES)
     encoder = nn.MambaEncoder(config, init=Initializer(3))
