@@ -13,6 +13,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -62,7 +63,7 @@ def parameter_groups(model: torch.nn.Module, decay: float) -> list[dict]:
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, ids: torch.Tensor, chunk: int = 1024) -> float:
+def held_out_loss(model: Any, ids: torch.Tensor, chunk: int = 1024) -> float:
     """Summed cross-entropy in nats of ids (L,), read as one stream; the first token is not counted."""
     model.eval()
     total, state = 0.0, None
@@ -75,7 +76,7 @@ def held_out_loss(model: torch.nn.Module, ids: torch.Tensor, chunk: int = 1024) 
     return total
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace) -> None:
+def train(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> None:
     """Run the optimiser over the training ids (L,)."""
     optimizer = torch.optim.AdamW(parameter_groups(model, args.decay), lr=args.lr, betas=(0.9, 0.98))
     warmup = max(1, min(100, args.steps // 10))
@@ -108,10 +109,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("text", type=Path, help="a UTF-8 text file")
     parser.add_argument("out", type=Path, help="folder for the model, in Hugging Face layout")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--d-model", type=int, default=192)
+    parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=512, help="BPE tokens, at least 256")
     parser.add_argument("--lr", type=float, default=3e-3)

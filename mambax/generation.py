@@ -1,19 +1,17 @@
-"""Text generation, written once: prefill in chunks, then decode one token ahead of the reader.
-
-Dimensions: B batch, L length, V vocabulary.
-"""
+"""Text generation, written once: prefill in chunks, then decode one token ahead of the reader."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from mambax.backend import Array, Backend
-from mambax.sampling import SamplingParams, UniformSource, sample
+from mambax.backend import Backend
+from mambax.decoding import Decoder, Progress
+from mambax.sampling import SamplingParams, UniformSource
 from mambax.state import InferenceParams
 from mambax.stopping import StopText
 
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["eos", "stop", "length", "interrupted"]
 Prompt = str | Sequence[int] | np.ndarray
-Progress = Callable[[int, int], None]
-"""Called with (prompt positions read, prompt positions) after each chunk of the prefill."""
-
 PREFILL_CHUNK = 512
 """Prompt tokens read at once by default; the memory of a prefill is bounded by this, not by the prompt."""
 
@@ -157,7 +152,7 @@ class GenerationMixin:
             _check_state(state, self.init_state(len(prompts)))
         ends = self._eos_ids(eos)
         rows = [_token_ids(p, self.tokenizer, self.config.vocab_size, i) for i, p in enumerate(prompts)]
-        decoder = _Decoder(self, rows, params, UniformSource(seed, len(rows)), state)
+        decoder = Decoder(self, rows, params, UniformSource(seed, len(rows)), state)
         collectors = [_Collector(self.tokenizer, stops, ends, int(max_new_tokens)) for _ in prompts]
         return _run(decoder, collectors, int(max_new_tokens), int(prefill_chunk), progress)
 
@@ -266,85 +261,8 @@ class _Collector:
         return Generation(self.text, self.tokens, self.finish_reason, own)
 
 
-class _Decoder:
-    """The device side of a generation: the state, the tokens it has not read yet, and the step between."""
-
-    def __init__(
-        self,
-        model: Any,
-        prompts: list[np.ndarray],
-        params: SamplingParams,
-        uniforms: UniformSource,
-        state: InferenceParams | None,
-    ) -> None:
-        self.model = model
-        self.nn: Backend = model.nn
-        self.params = params
-        self.uniforms = uniforms
-        self.state = model.init_state(len(prompts)) if state is None else state.fork()
-        self.tokens: Array = None  # (B,) sampled, not yet read by the state
-        self._like = self.state.tokens_seen
-        self._prompts = prompts
-        self._seen: Array | None = None  # (B, V) what the repetition penalty applies to
-        if params.repetition_penalty != 1.0:
-            seen = np.zeros((len(prompts), model.config.vocab_size), bool)
-            for row, ids in enumerate(prompts):
-                seen[row, ids] = True
-            self._seen = self.nn.from_numpy(seen, like=self._like)
-
-    def prefill(self, chunk: int, progress: Progress | None) -> None:
-        """Read the prompts, padded on the left to one length, and sample the first tokens."""
-        length = max(len(ids) for ids in self._prompts)
-        padded = np.zeros((len(self._prompts), length), np.int64)
-        mask = np.zeros(padded.shape, bool)
-        for row, ids in enumerate(self._prompts):
-            padded[row, length - len(ids) :] = ids
-            mask[row, length - len(ids) :] = True
-        for start in range(0, length, chunk):
-            part = slice(start, start + chunk)
-            part_mask = None if mask[:, part].all() else mask[:, part]
-            with self.nn.no_grad():
-                output = self.model(padded[:, part], self.state, part_mask, logits_to_keep=1)
-            self.state = output.state
-            if start + chunk < length:
-                self._evaluate(wait=True)
-            else:
-                self._sample(output.logits)
-            if progress is not None:
-                progress(min(start + chunk, length), length)
-
-    def advance(self, active: list[bool]) -> None:
-        """Let the state read the tokens of the active rows, and sample the next ones. Does not wait."""
-        logits, state = self._read(active)
-        self.state = state
-        self._sample(logits)
-
-    def final_state(self, active: list[bool]) -> InferenceParams:
-        """The state after the active rows have read their last token too."""
-        return self._read(active)[1] if any(active) else self.state
-
-    def _read(self, active: list[bool]) -> tuple[Array, InferenceParams]:
-        mask = None if all(active) else np.array(active)[:, None]
-        with self.nn.no_grad():
-            ids = self.nn.maximum(self.tokens, 0)[:, None]
-            return self.model(ids, self.state, mask, logits_to_keep=1)
-
-    def _sample(self, logits: Array) -> None:
-        nn = self.nn
-        with nn.no_grad():
-            uniform = nn.from_numpy(self.uniforms.draw(), like=self._like)
-            self.tokens = sample(nn, logits[:, -1], uniform, self.params, self._seen)
-            if self._seen is not None:
-                self._seen = self._seen | (nn.arange(logits.shape[2], like=logits) == self.tokens[:, None])
-        self._evaluate(wait=False)
-
-    def _evaluate(self, wait: bool) -> None:
-        pending = [a for a in (self.tokens, self._seen) if a is not None]
-        self.nn.evaluate(*pending, *self.state.arrays().values(), wait=wait)
-
-
 def _run(
-    decoder: _Decoder,
+    decoder: Decoder,
     rows: list[_Collector],
     max_new_tokens: int,
     chunk: int,
@@ -360,9 +278,9 @@ def _run(
             active = [row.finish_reason is None for row in rows]
             last = step + 1 == max_new_tokens
             if last:
-                after = cache(partial(decoder.final_state, active))
+                after = cache(decoder.final_state)
             else:
-                decoder.advance(active)
+                decoder.advance()
                 after = _known(decoder.state)
             tokens = decoder.nn.to_numpy(current)
             for number, row in enumerate(rows):

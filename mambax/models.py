@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-
 from mambax.backend import Array, Backend
 from mambax.checkpoint.mixin import CheckpointMixin
 from mambax.config import POOLINGS, MambaClassificationConfig, MambaConfig, MambaLMConfig, Pooling
 from mambax.generation import GenerationMixin
 from mambax.init import Initializer
+from mambax.inputs import as_mask, as_token_ids, check_hidden
+from mambax.pooling import pool, pooled_size
 from mambax.scan import at_least_float32
 from mambax.state import InferenceParams
 
@@ -87,7 +87,7 @@ class MambaEncoder:
         """
         nn = self.nn
         mask = None if mask is None else as_mask(nn, mask, hidden)
-        _check_input(self.config, hidden, mask)
+        check_hidden(self.config, hidden, mask)
         if state is None:
             state = self.init_state(hidden.shape[0])
         state.check(nn.name, len(self.layers), hidden.shape[0])
@@ -287,85 +287,9 @@ class MambaForSequenceClassification(CheckpointMixin):
         return self.backbone.init_state(batch)
 
 
-def pooled_size(config: MambaConfig, pooling: Pooling) -> int:
-    """P, the number of features that a pooling gives."""
-    return config.d_inner * config.d_state if pooling == "state" else config.d_model
-
-
-def pool(nn: Backend, hidden: Array, state: InferenceParams, mask: Array | None, pooling: Pooling) -> Array:
-    """One vector per row.
-
-    Args:
-        nn: the backend whose arrays these are.
-        hidden: (B, L, M).
-        state: the state after the last position.
-        mask: (B, L) bool or None; a row needs at least one True for ``"last"`` and ``"mean"``.
-        pooling: see :class:`MambaForFeatureExtraction`.
-
-    Returns:
-        (B, P) float32. Each row is what it would be without its padding.
-    """
-    batch, length, width = hidden.shape
-    hidden = at_least_float32(nn, hidden)
-    if pooling == "state":
-        ssm = state.layers[-1].ssm
-        return ssm.reshape(batch, ssm.shape[1] * ssm.shape[2])
-    if mask is None:
-        return hidden[:, -1] if pooling == "last" else nn.sum(hidden, axis=1) / length
-    real = as_mask(nn, mask, hidden)
-    if pooling == "mean":
-        total = nn.sum(nn.where(real[..., None], hidden, 0.0), axis=1)
-        return total / nn.astype(nn.sum(nn.astype(real, nn.int64), axis=1), total.dtype)[:, None]
-    last = nn.max(nn.where(real, nn.arange(length, like=hidden), -1), axis=1)  # (B,)
-    index = last[:, None, None] + nn.zeros((1, 1, width), nn.int64, like=hidden)
-    return nn.take_along_axis(hidden, index, axis=1)[:, 0]
-
-
-def as_mask(nn: Backend, mask: Array, like: Array) -> Array:
-    """A mask given as an array of the framework, of NumPy or as nested lists, as (B, L) bool beside ``like``."""
-    if isinstance(mask, (list, tuple, np.ndarray)):
-        return nn.from_numpy(np.asarray(mask).astype(bool), like=like)
-    return nn.astype(mask, nn.bool_)
-
-
-def as_token_ids(nn: Backend, input_ids: Array, vocab_size: int, like: Array) -> Array:
-    """Token ids as a (B, L) array of the framework beside ``like``; those that come from the host are checked.
-
-    Raises:
-        ValueError: for ids outside the vocabulary, not whole numbers, or not (B, L) with L of at least 1.
-    """
-    if isinstance(input_ids, (list, tuple, np.ndarray)):
-        try:
-            ids = np.asarray(input_ids)
-        except ValueError as error:
-            raise ValueError("input_ids: rows differ in length; pad them and pass a mask") from error
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"input_ids: expected whole numbers, found {ids.dtype}; tokenize text first")
-        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
-            raise ValueError(
-                f"input_ids: token id {bad} is outside the vocabulary of {vocab_size}; expected 0 to "
-                f"{vocab_size - 1}. Was the text tokenized with this model's tokenizer?"
-            )
-        input_ids = nn.from_numpy(ids.astype(np.int64), like=like)
-    if len(input_ids.shape) != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"input_ids: expected shape (batch, length) with at least one token, found {tuple(input_ids.shape)}"
-        )
-    return input_ids
-
-
 def _embed_and_encode(
     backbone: Any, input_ids: Array, state: InferenceParams | None, mask: Array | None
 ) -> EncoderOutput:
     table = backbone.embeddings.weight
     ids = as_token_ids(backbone.nn, input_ids, backbone.config.vocab_size, table)
     return backbone(backbone.embeddings(ids), state, mask)
-
-
-def _check_input(config: MambaConfig, hidden: Array, mask: Array | None) -> None:
-    shape = tuple(hidden.shape)
-    if len(shape) != 3 or shape[1] == 0 or shape[2] != config.d_model:
-        raise ValueError(f"inputs: expected (batch, length of at least 1, d_model {config.d_model}), found {shape}")
-    if mask is not None and tuple(mask.shape) != shape[:2]:
-        raise ValueError(f"mask: expected (batch, length) = {shape[:2]}, found {tuple(mask.shape)}")

@@ -18,8 +18,8 @@ is linear in h, so that any associative way of combining its steps gives the sam
     loses digits as the summed ``delta A`` grows, and where an input term is exactly zero its gradient is taken
     as zero.
 
-The parallel two go through the sequence in chunks of ``CHUNK`` steps, which bounds the memory of inference and
-the sums that ``logcumsumexp`` has to subtract.
+All go through the sequence in chunks (``ALGORITHMS`` says how long), which bounds the memory of inference and the
+sums that ``logcumsumexp`` has to subtract.
 
 Dimensions: B batch, L length, T chunk length, D d_inner, N d_state.
 """

@@ -1,0 +1,58 @@
+"""What a model is given, checked: token ids, hidden states, masks.
+
+Dimensions: B batch, L length, M d_model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mambax.backend import Array, Backend
+from mambax.config import MambaConfig
+
+
+def as_mask(nn: Backend, mask: Array, like: Array) -> Array:
+    """A mask given as an array of the framework, of NumPy or as nested lists, as (B, L) bool beside ``like``."""
+    if isinstance(mask, (list, tuple, np.ndarray)):
+        return nn.from_numpy(np.asarray(mask).astype(bool), like=like)
+    return nn.astype(mask, nn.bool_)
+
+
+def as_token_ids(nn: Backend, input_ids: Array, vocab_size: int, like: Array) -> Array:
+    """Token ids as a (B, L) array of the framework beside ``like``; those that come from the host are checked.
+
+    Raises:
+        ValueError: for ids outside the vocabulary, not whole numbers, or not (B, L) with L of at least 1.
+    """
+    if isinstance(input_ids, (list, tuple, np.ndarray)):
+        try:
+            ids = np.asarray(input_ids)
+        except ValueError as error:
+            raise ValueError("input_ids: rows differ in length; pad them and pass a mask") from error
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"input_ids: expected whole numbers, found {ids.dtype}; tokenize text first")
+        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+            raise ValueError(
+                f"input_ids: token id {bad} is outside the vocabulary of {vocab_size}; expected 0 to "
+                f"{vocab_size - 1}. Was the text tokenized with this model's tokenizer?"
+            )
+        input_ids = nn.from_numpy(ids.astype(np.int64), like=like)
+    if len(input_ids.shape) != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids: expected shape (batch, length) with at least one token, found {tuple(input_ids.shape)}"
+        )
+    return input_ids
+
+
+def check_hidden(config: MambaConfig, hidden: Array, mask: Array | None) -> None:
+    """Refuse hidden states that are not (B, L, M) with L of at least 1, and a mask that is not (B, L).
+
+    Raises:
+        ValueError: with the shape expected and the one found.
+    """
+    shape = tuple(hidden.shape)
+    if len(shape) != 3 or shape[1] == 0 or shape[2] != config.d_model:
+        raise ValueError(f"inputs: expected (batch, length of at least 1, d_model {config.d_model}), found {shape}")
+    if mask is not None and tuple(mask.shape) != shape[:2]:
+        raise ValueError(f"mask: expected (batch, length) = {shape[:2]}, found {tuple(mask.shape)}")

@@ -1,0 +1,46 @@
+"""From the hidden states of a sequence to one vector.
+
+Dimensions: B batch, L length, M d_model, P pooled size.
+"""
+
+from __future__ import annotations
+
+from mambax.backend import Array, Backend
+from mambax.config import MambaConfig, Pooling
+from mambax.inputs import as_mask
+from mambax.scan import at_least_float32
+from mambax.state import InferenceParams
+
+
+def pooled_size(config: MambaConfig, pooling: Pooling) -> int:
+    """P, the number of features that a pooling gives."""
+    return config.d_inner * config.d_state if pooling == "state" else config.d_model
+
+
+def pool(nn: Backend, hidden: Array, state: InferenceParams, mask: Array | None, pooling: Pooling) -> Array:
+    """One vector per row.
+
+    Args:
+        nn: the backend whose arrays these are.
+        hidden: (B, L, M).
+        state: the state after the last position.
+        mask: (B, L) bool or None; a row needs at least one True for ``"last"`` and ``"mean"``.
+        pooling: see :class:`MambaForFeatureExtraction`.
+
+    Returns:
+        (B, P) float32. Each row is what it would be without its padding.
+    """
+    batch, length, width = hidden.shape
+    hidden = at_least_float32(nn, hidden)
+    if pooling == "state":
+        ssm = state.layers[-1].ssm
+        return ssm.reshape(batch, ssm.shape[1] * ssm.shape[2])
+    if mask is None:
+        return hidden[:, -1] if pooling == "last" else nn.sum(hidden, axis=1) / length
+    real = as_mask(nn, mask, hidden)
+    if pooling == "mean":
+        total = nn.sum(nn.where(real[..., None], hidden, 0.0), axis=1)
+        return total / nn.astype(nn.sum(nn.astype(real, nn.int64), axis=1), total.dtype)[:, None]
+    last = nn.max(nn.where(real, nn.arange(length, like=hidden), -1), axis=1)  # (B,)
+    index = last[:, None, None] + nn.zeros((1, 1, width), nn.int64, like=hidden)
+    return nn.take_along_axis(hidden, index, axis=1)[:, 0]
