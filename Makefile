@@ -2,9 +2,12 @@
 # make demo BACKENDS=torch,mlx   the same text on these backends too, and check that they agree
 # make test                      every check: ruff, pyright, and the tests on all backends
 # make lint                      ruff and pyright alone
+# make bench                     the CPU benchmark beside other packages; 25 minutes on an idle machine, and before the
+#                                first run a build of llama.cpp, which needs a C++ compiler and minutes
 #
 # PYTHON=...  the interpreter to make .venv from (3.10 to 3.13; found by itself when not given)
-# JOBS=...    test processes (2)      ARGS=...  more arguments for pytest, such as ARGS='-k state'
+# JOBS=...    test processes (2)      ARGS=...  more arguments for pytest, such as ARGS='-k state', or for the
+#                                               benchmark, such as ARGS='--only scan --quick'
 #
 # Needs GNU Make 3.81 or later and a POSIX shell. On Windows, use the pip commands of the README.
 
@@ -23,8 +26,9 @@ extras := $(subst $(space),$(comma),$(strip $(backends)))
 state := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d ' ' -f 1)
 demo_installed := $(VENV)/installed-$(state)-demo-$(extras)
 dev_installed := $(VENV)/installed-$(state)-dev
+bench_installed := $(VENV)/installed-$(state)-bench
 
-.PHONY: help demo test lint
+.PHONY: help demo test lint bench
 
 help:
 	@sed -n -e '/^#/!q' -e 's/^# \{0,1\}//p' Makefile
@@ -40,6 +44,9 @@ lint: $(dev_installed)
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+bench: $(bench_installed)
+	$(VENV)/bin/python -m benchmarks.cpu $(ARGS)
+
 # An environment made by other means, such as uv, may lack pip. The core takes seconds; what takes longer shows
 # its progress.
 define install
@@ -53,6 +60,9 @@ $(demo_installed): $(VENV)/pyvenv.cfg
 
 $(dev_installed): $(VENV)/pyvenv.cfg
 	$(call install,[dev])
+
+$(bench_installed): $(VENV)/pyvenv.cfg
+	$(call install,[bench])
 
 $(VENV)/pyvenv.cfg:
 	@python='$(PYTHON)'; \

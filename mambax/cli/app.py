@@ -141,6 +141,33 @@ def doctor() -> None:
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder or a repository; by default random weights of the shape of mamba-130m."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option("--backend", "-b", help="May be given several times; by default all that are installed."),
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after them.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to measure; medians are shown.")] = 3,
+    device: Device = None,
+    dtype: Dtype = None,
+    scan: Scan = "auto",
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Measure how fast a model reads and writes here."""
+    from mambax.cli.bench import bench
+
+    options = _loading(None, device, dtype, scan, revision, offline)
+    del options["backend"]
+    bench(model, backend or [], prompt, tokens, rounds, options)
+
+
+@app.command()
 def convert(
     source: Model,
     dest: Annotated[Path, typer.Argument(help="The folder to write.")],

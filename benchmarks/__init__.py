@@ -1,0 +1,1 @@
+"""Benchmarks of mambax beside other implementations. Run ``python -m benchmarks.cpu``."""
