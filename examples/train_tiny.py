@@ -34,7 +34,7 @@ demonstrations and tests. It writes in the manner of its training text, and know
 - Training text: tinyshakespeare (public domain), the first {train_chars:,} characters.
 - Held-out text: the last {held_chars:,} characters, read as one stream: **{nats:.3f} nats per character**
   ({bits:.3f} bits).
-- Training: {steps} steps of {batch} x {length} tokens, {minutes:.0f} minutes on {threads} CPU threads
+- Training: {steps} steps of {batch} x {length} tokens, {minutes:.0f} minutes on {threads} CPU thread(s)
   (PyTorch {torch}), seed {seed}.
 
 ```sh

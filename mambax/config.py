@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 Pooling = Literal["last", "mean", "state"]
@@ -21,15 +22,18 @@ def _fail(config: object, field: str, value: object, allowed: str) -> None:
 
 def _check_int(config: object, field: str, low: int, high: int) -> None:
     value = getattr(config, field)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         _fail(config, field, value, f"a whole number from {low} to {high}")
+    object.__setattr__(config, field, int(value))  # a NumPy integer too, which JSON does not know
 
 
 def _check_float(config: object, field: str, low: float, high: float) -> None:
     value = getattr(config, field)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not low <= float(value) <= high:
         _fail(config, field, value, f"a number from {low:g} to {high:g}")
+    if not isinstance(value, (int, float)):
+        object.__setattr__(config, field, float(value))
 
 
 def _check_bool(config: object, *fields: str) -> None:

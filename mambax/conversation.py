@@ -222,7 +222,7 @@ def interrupt(events: Any) -> Iterator[StreamEvent]:
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:
-    path = Path(path)
+    path = Path(path).expanduser()
     stem = path.name.removesuffix(".json").removesuffix(".safetensors")
     if not stem:
         raise ValueError(f"{str(path)!r} does not name a file")

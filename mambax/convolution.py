@@ -51,6 +51,7 @@ def causal_conv1d(
         y = _convolve(nn, full, weight, bias, activation)
         return nn.astype(y, x.dtype), own(nn, full[:, length:])
 
+    mask = nn.astype(mask, nn.bool_)
     real = nn.concat([nn.astype(nn.zeros((batch, past), x.dtype, like=x) + 1, nn.bool_), mask], axis=1)
     steps = nn.arange(past + length, like=x)
     order = nn.argsort(nn.where(real, steps, steps + (past + length)), axis=1)  # those that exist come first

@@ -87,7 +87,7 @@ class GenerationMixin:
             prompt: a text, a sequence of token ids, or a list of either; rows may differ in length.
             max_new_tokens: at most this many tokens per row (default 128).
             temperature, top_k, top_p, min_p, repetition_penalty: see :class:`mambax.sampling.SamplingParams`;
-                greedy by default.
+                greedy by default. The penalty knows this prompt and what follows it, not what ``state`` has read.
             seed: the same seed gives the same tokens on every backend; None draws a fresh one.
             stop: a string or strings that end a row; they are not part of the text.
             eos: token id or ids that end a row; the model's own when None, none when ``()``.
@@ -103,6 +103,7 @@ class GenerationMixin:
                 anything runs.
             FloatingPointError: when the logits of a row are not finite.
         """
+        prompt = _on_host(self.nn, prompt)
         single = _is_single(prompt)
         rows: dict[int, Generation] = {}
         for event in self.generate_streaming(prompt, **options):
@@ -131,7 +132,8 @@ class GenerationMixin:
 
         The arguments are checked when this is called, not at the first event.
         """
-        prompts = [prompt] if _is_single(prompt) else list(prompt)
+        prompt = _on_host(self.nn, prompt)
+        prompts = [prompt] if _is_single(prompt) else [_on_host(self.nn, row) for row in prompt]
         params = SamplingParams(repetition_penalty, temperature, top_k, top_p, min_p)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("prefill_chunk", prefill_chunk, 1)):
@@ -143,6 +145,8 @@ class GenerationMixin:
             raise ValueError("stop strings need a tokenizer, and this model has none; set model.tokenizer")
         if not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop is {stops!r}; expected a string or strings, none of them empty")
+        if state is not None and not isinstance(state, InferenceParams):
+            raise ValueError(f"state: expected InferenceParams, found {type(state).__name__}; pass its .state")
         if state is not None and state.batch != len(prompts):
             raise ValueError(
                 f"state holds {state.batch} row(s) for {len(prompts)} prompt(s); expected the same number "
@@ -180,6 +184,17 @@ def _check_state(state: InferenceParams, fresh: InferenceParams) -> None:
                 f"state: {name} is {found[name]}, but this model and input need {tuple(array.shape)}; use the "
                 "state of the same model"
             )
+
+
+def _on_host(nn: Backend, prompt: Any) -> Any:
+    """A prompt or a list of them, an array of the framework as one of NumPy."""
+    if isinstance(prompt, (str, Sequence, np.ndarray)):
+        return prompt
+    if isinstance(prompt, (int, np.integer)) or getattr(prompt, "shape", None) is None:
+        raise ValueError(
+            f"prompt is {type(prompt).__name__}; expected text, a sequence of token ids, or a list of either"
+        )
+    return nn.to_numpy(prompt)
 
 
 def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:

@@ -12,9 +12,19 @@ from mambax.config import MambaConfig
 
 
 def as_mask(nn: Backend, mask: Array, like: Array) -> Array:
-    """A mask given as an array of the framework, of NumPy or as nested lists, as (B, L) bool beside ``like``."""
+    """A mask given as an array of the framework, of NumPy or as nested lists, as (B, L) bool beside ``like``.
+
+    Raises:
+        ValueError: for values other than True and False, 1 and 0: an additive mask means the opposite.
+    """
     if isinstance(mask, (list, tuple, np.ndarray)):
-        return nn.from_numpy(np.asarray(mask).astype(bool), like=like)
+        values = np.asarray(mask)
+        whole = np.issubdtype(values.dtype, np.integer) and np.isin(values, (0, 1)).all()
+        if values.dtype != np.bool_ and not whole:
+            raise ValueError(f"mask: expected True and False, or 1 and 0; found {values.dtype} values")
+        return nn.from_numpy(values.astype(bool), like=like)
+    if mask.dtype in (nn.float32, nn.float64, nn.dtype("float16"), nn.dtype("bfloat16")):
+        raise ValueError(f"mask: expected True and False, or 1 and 0; found {mask.dtype} values")
     return nn.astype(mask, nn.bool_)
 
 
@@ -24,6 +34,8 @@ def as_token_ids(nn: Backend, input_ids: Array, vocab_size: int, like: Array) ->
     Raises:
         ValueError: for ids outside the vocabulary, not whole numbers, or not (B, L) with L of at least 1.
     """
+    if isinstance(input_ids, str):
+        raise ValueError("input_ids: expected token ids, found text; use model.tokenizer.encode or model.generate")
     if isinstance(input_ids, (list, tuple, np.ndarray)):
         try:
             ids = np.asarray(input_ids)

@@ -15,7 +15,7 @@ from mambax.config import POOLINGS, MambaClassificationConfig, MambaConfig, Mamb
 from mambax.generation import GenerationMixin
 from mambax.init import Initializer
 from mambax.inputs import as_mask, as_token_ids, check_hidden
-from mambax.pooling import pool, pooled_size
+from mambax.pooling import last_positions, pool, pooled_size
 from mambax.scan import at_least_float32
 from mambax.state import InferenceParams
 
@@ -90,6 +90,8 @@ class MambaEncoder:
         check_hidden(self.config, hidden, mask)
         if state is None:
             state = self.init_state(hidden.shape[0])
+        if not isinstance(state, InferenceParams):
+            raise ValueError(f"state: expected InferenceParams, found {type(state).__name__}; is it the mask?")
         state.check(nn.name, len(self.layers), hidden.shape[0])
         layers = []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
@@ -183,10 +185,12 @@ class MambaForCausalLM(CheckpointMixin, GenerationMixin):
         """Logits of the token after each position.
 
         Args:
-            input_ids: (B, L) token ids: an integer array of the framework or of NumPy, or nested lists.
+            input_ids: (B, L) token ids: an integer array of the framework or of NumPy, or nested lists. An array
+                of the framework is not checked, so as not to wait for the device: an id outside the vocabulary is
+                an IndexError in PyTorch on the CPU and gives NaN in MLX.
             state: what an earlier call returned, or None at the start of a text. Any number of tokens may follow.
             mask: (B, L) bool, False at padding, on either side; None when there is none.
-            logits_to_keep: compute logits for that many last positions only; 0 for all.
+            logits_to_keep: compute logits only for that many last positions that exist; 0 for all positions.
 
         Returns:
             logits (B, L or logits_to_keep, V) in float32, and the state after the last position.
@@ -194,9 +198,11 @@ class MambaForCausalLM(CheckpointMixin, GenerationMixin):
         Raises:
             ValueError: for ids outside the vocabulary, and for shapes that do not fit.
         """
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 for all positions, or how many")
         hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask)
         if logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
+            hidden = last_positions(self.nn, hidden, mask, logits_to_keep)
         logits = self.backbone.embeddings.as_linear(hidden) if self.lm_head is None else self.lm_head(hidden)
         return CausalLMOutput(at_least_float32(self.nn, logits), state)
 

@@ -30,7 +30,7 @@ def pool(nn: Backend, hidden: Array, state: InferenceParams, mask: Array | None,
     Returns:
         (B, P) float32. Each row is what it would be without its padding.
     """
-    batch, length, width = hidden.shape
+    batch, length, _ = hidden.shape
     hidden = at_least_float32(nn, hidden)
     if pooling == "state":
         ssm = state.layers[-1].ssm
@@ -41,6 +41,25 @@ def pool(nn: Backend, hidden: Array, state: InferenceParams, mask: Array | None,
     if pooling == "mean":
         total = nn.sum(nn.where(real[..., None], hidden, 0.0), axis=1)
         return total / nn.astype(nn.sum(nn.astype(real, nn.int64), axis=1), total.dtype)[:, None]
-    last = nn.max(nn.where(real, nn.arange(length, like=hidden), -1), axis=1)  # (B,)
-    index = last[:, None, None] + nn.zeros((1, 1, width), nn.int64, like=hidden)
-    return nn.take_along_axis(hidden, index, axis=1)[:, 0]
+    return last_positions(nn, hidden, real, 1)[:, 0]
+
+
+def last_positions(nn: Backend, hidden: Array, mask: Array | None, count: int) -> Array:
+    """The last positions that exist in each row, as if its padding were on the left.
+
+    Args:
+        nn: the backend whose arrays these are.
+        hidden: (B, L, M).
+        mask: (B, L) bool or None.
+        count: how many, at least 1; all when there are fewer.
+
+    Returns:
+        (B, min(count, L), M). A row with fewer that exist has padding before them.
+    """
+    _, length, width = hidden.shape
+    if mask is None:
+        return hidden[:, -count:]
+    steps = nn.arange(length, like=hidden)
+    order = nn.argsort(nn.where(as_mask(nn, mask, hidden), steps, steps - length), axis=1)[:, -count:]
+    index = order[..., None] + nn.zeros((1, 1, width), nn.int64, like=hidden)
+    return nn.take_along_axis(hidden, index, axis=1)

@@ -50,8 +50,15 @@ def get_backend(name: str) -> Backend:
         known = ", ".join(backend_names()) or "none: install mambax with pip, so that its entry points exist"
         raise ValueError(f"unknown backend {name!r}; expected one of: {known}")
     if not is_installed(name):
-        raise ImportError(f"backend {name!r} needs {FRAMEWORKS[name]}: pip install 'mambax[{name}]'")
+        raise ImportError(f"backend {name!r} needs {FRAMEWORKS[name]}: {install_command(name)}")
     return cast(Backend, point.load())
+
+
+def install_command(name: str) -> str:
+    """What installs the framework of one of our own backends on this machine."""
+    if name == "mlx" and sys.platform != "darwin":
+        return "pip install 'mlx[cpu]'"
+    return f"pip install {name}"
 
 
 def default_backend() -> str:

@@ -10,6 +10,7 @@ Dimensions: B batch, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -50,9 +51,9 @@ class SamplingParams:
             ("min_p", 0.0, 1.0),
         ):
             value = getattr(self, field)
-            whole = field != "top_k" or isinstance(value, int)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and whole and low <= value <= high):
+            whole = field != "top_k" or isinstance(value, Integral)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (number and whole and low <= float(value) <= high):
                 kind = "a whole number" if field == "top_k" else "a number"
                 raise ValueError(f"{field} is {value!r}; expected {kind} from {low:g} to {high:g}")
         if 0 < self.temperature < 1e-3:

@@ -83,8 +83,14 @@ def selective_scan(
         y (B, L, D) in the dtype of u, and the final state (B, D, N) in float32 (float64 if u is float64). All
         arithmetic is done in that precision.
 
+    Raises:
+        ValueError: for a shape that does not fit.
+
     Source: ``selective_scan_ref`` of mamba_ssm, with mask, initial and final state added.
     """
+    _check_shapes(
+        u, A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, mask=mask
+    )
     out_dtype = u.dtype
     u32, delta = at_least_float32(nn, u), at_least_float32(nn, delta)
     A, B, C = at_least_float32(nn, A), at_least_float32(nn, B), at_least_float32(nn, C)
@@ -93,9 +99,10 @@ def selective_scan(
     if delta_softplus:
         delta = nn.softplus(delta)
     if mask is not None:
-        delta = nn.where(mask[..., None], delta, 0.0)
-        u32 = nn.where(mask[..., None], u32, 0.0)
-        B = nn.where(mask[..., None], B, 0.0)  # zero times whatever stands at a masked step must be zero
+        exists = nn.astype(mask, nn.bool_)[..., None]  # (B, L, 1)
+        delta = nn.where(exists, delta, 0.0)
+        u32 = nn.where(exists, u32, 0.0)
+        B = nn.where(exists, B, 0.0)  # zero times whatever stands at a masked step must be zero
     batch, length, channels = u.shape
     h = initial_state
     h = nn.zeros((batch, channels, A.shape[1]), u32.dtype, like=u32) if h is None else nn.astype(h, u32.dtype)
@@ -116,6 +123,22 @@ def selective_scan(
     if z is not None:
         y = y * nn.silu(at_least_float32(nn, z))
     return nn.astype(y, out_dtype), own(nn, h)
+
+
+def _check_shapes(u: Array, A: Array, **others: Array | None) -> None:
+    """Refuse operands that a framework might broadcast without a word."""
+    if len(u.shape) != 3 or len(A.shape) != 2:
+        raise ValueError(f"selective_scan: u must be (B, L, D) and A (D, N), found {u.shape} and {A.shape}")
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    vector, rows = (batch, length, states), (batch, length, channels)
+    expected = {
+        "A": (channels, states), "delta": rows, "B": vector, "C": vector, "D": (channels,), "z": rows,
+        "delta_bias": (channels,), "initial_state": (batch, channels, states), "mask": (batch, length),
+    }  # fmt: skip
+    for name, array in {"A": A, **others}.items():
+        if array is not None and tuple(array.shape) != expected[name]:
+            raise ValueError(f"selective_scan: {name} is {tuple(array.shape)}; expected {expected[name]}")
 
 
 def sequential(nn: Ops, log_a: Array, b: Array, h: Array) -> Array:

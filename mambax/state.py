@@ -83,8 +83,9 @@ class InferenceParams:
         Raises:
             ValueError: when a number is out of range, or none is given.
         """
-        wanted = [rows] if isinstance(rows, int) else list(rows)
-        if not wanted or not all(0 <= row < self.batch for row in wanted):
+        wanted = list(rows) if isinstance(rows, (Sequence, np.ndarray)) else [rows]
+        whole = all(isinstance(row, (int, np.integer)) and not isinstance(row, bool) for row in wanted)
+        if not wanted or not whole or not all(0 <= row < self.batch for row in wanted):
             raise ValueError(
                 f"InferenceParams.select: rows are {wanted}; expected one or more from 0 to {self.batch - 1}"
             )
@@ -163,7 +164,9 @@ class InferenceParams:
         """
         from mambax.checkpoint.state_files import write_state
 
-        write_state(Path(path), {name: self.nn.to_numpy(array) for name, array in self.arrays().items()})
+        write_state(
+            Path(path).expanduser(), {name: self.nn.to_numpy(array) for name, array in self.arrays().items()}
+        )
 
     @classmethod
     def load(
@@ -192,4 +195,4 @@ class InferenceParams:
         bound = cls.nn.name if cls is not InferenceParams else default_backend()
         nn = get_backend(backend or bound)
         state_cls = cast("type[InferenceParams]", nn.InferenceParams)
-        return state_cls.from_arrays(read_state(Path(path)), device=device or nn.devices()[0])
+        return state_cls.from_arrays(read_state(Path(path).expanduser()), device=device or nn.devices()[0])

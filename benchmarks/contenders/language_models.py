@@ -108,7 +108,7 @@ class Mambax:
         import mambax
 
         if backend == "mlx":
-            mx = optional("mlx.core", "'mambax[mlx]'")
+            mx = optional("mlx.core", "mlx")
             mx.set_default_device(mx.cpu)
         options: dict[str, Any] = {"backend": backend, "device": "cpu", "dtype": dtype}
         if quantize is not None:

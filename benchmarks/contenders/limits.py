@@ -99,7 +99,7 @@ def product(library: str, dtype: str, rows: int, inner: int, columns: int) -> Ca
             raise Unavailable(f"NumPy has no product of {dtype}")
         out = np.empty((rows, columns), np.float32)
         return lambda: _discard(np.matmul(x, weight.T, out=out))
-    torch = optional("torch", "'mambax[torch]'")
+    torch = optional("torch", "torch")
     wide = getattr(torch, dtype)
     a, b = torch.from_numpy(x).to(wide), torch.from_numpy(weight).to(wide)
     if library == "torch":
@@ -142,7 +142,7 @@ class Exponentials:
             def once(i: int) -> None:
                 library.exponentials(x[i].ctypes.data, y[i].ctypes.data, block)
         elif self.way == "torch":
-            torch = optional("torch", "'mambax[torch]'")
+            torch = optional("torch", "torch")
             pairs = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in zip(x, y, strict=True)]
 
             def once(i: int) -> None:

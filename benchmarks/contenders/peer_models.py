@@ -26,7 +26,7 @@ class Transformers:
     """
 
     def __init__(self, folder: Path, dtype: str, mambapy: bool = False, compiled: bool = False) -> None:
-        self.torch = optional("torch", "'mambax[torch]'")
+        self.torch = optional("torch", "torch")
         transformers = optional("transformers", "transformers")
         if mambapy:
             optional("mambapy", "mambapy")
@@ -70,7 +70,7 @@ class Mambapy:
     """
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        self.torch = optional("torch", "'mambax[torch]'")
+        self.torch = optional("torch", "torch")
         if dtype != "float32":
             raise Unavailable("mambapy mixes dtypes in its scan; it runs in float32")
         self.model = mambapy_model(read_shape(folder))
@@ -157,11 +157,11 @@ class MlxLm:
     """
 
     def __init__(self, folder: Path, dtype: str, bits: int | None = None) -> None:
-        self.mx = optional("mlx.core", "'mambax[mlx]'")
+        self.mx = optional("mlx.core", "mlx")
         self.mx.set_default_device(self.mx.cpu)
         self.model, _ = optional("mlx_lm.utils", "mlx-lm").load_model(folder_of(folder, dtype))
         if bits is not None:
-            nn = optional("mlx.nn", "'mambax[mlx]'")
+            nn = optional("mlx.nn", "mlx")
             group = 64 if self.model.args.hidden_size % 64 == 0 else 32
 
             def fits(path: str, layer: Any) -> bool:
@@ -197,5 +197,5 @@ class MlxLm:
 
     def parameter_bytes(self) -> int:
         """Every parameter once."""
-        flatten = optional("mlx.utils", "'mambax[mlx]'").tree_flatten
+        flatten = optional("mlx.utils", "mlx").tree_flatten
         return sum(value.nbytes for _, value in flatten(self.model.parameters()))

@@ -32,7 +32,7 @@ class Mambax:
         from mambax import get_backend
 
         if backend == "mlx":
-            mx = optional("mlx.core", "'mambax[mlx]'")
+            mx = optional("mlx.core", "mlx")
             mx.set_default_device(mx.cpu)
         self.nn = get_backend(backend)
         self.impl = impl
@@ -117,7 +117,7 @@ class TorchLoop:
 
     def prepare(self, job: Job) -> Task:
         """A job of kind forward or backward."""
-        torch = optional("torch", "'mambax[torch]'")
+        torch = optional("torch", "torch")
         functional = torch.nn.functional
 
         def scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, bias: Any) -> tuple[Any, Any]:
@@ -137,7 +137,7 @@ class Mambapy:
     """mambapy's parallel scan, with what its block does before and after it."""
 
     def __init__(self) -> None:
-        optional("torch", "'mambax[torch]'")
+        optional("torch", "torch")
         self.pscan = optional("mambapy.pscan", "mambapy").pscan
 
     def prepare(self, job: Job) -> Task:

@@ -26,7 +26,7 @@ class Training:
     """
 
     def __init__(self, package: str, folder: str, scan: str = "auto") -> None:
-        self.torch = optional("torch", "'mambax[torch]'")
+        self.torch = optional("torch", "torch")
         self.shape = read_shape(Path(folder))
         checkpoint = folder_of(Path(folder), "float32")
         self.logits: Callable[[Any], Any]

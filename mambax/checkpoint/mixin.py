@@ -46,7 +46,7 @@ class CheckpointMixin:
 
         nn, config = self.nn, self.config
         expected = StateShape(config.n_layer, config.d_conv - 1, config.d_inner, config.d_state)
-        arrays = read_state(Path(path), expected)
+        arrays = read_state(Path(path).expanduser(), expected)
         model_like = self.backbone.init_state(1)
         conv, ssm = (nn.to_numpy(array).dtype for array in model_like.layers[0])
         for name, array in arrays.items():

@@ -47,7 +47,7 @@ def save_pretrained(
         ValueError: when the weights are not those that a ``config.json`` can describe, or not finite.
         OSError: when a file cannot be written.
     """
-    target = Path(folder)
+    target = Path(folder).expanduser()
     described = _describe(model)
     parameters = model.nn.parameters(model)
     infos = _check_parameters(model, parameters, described)
@@ -101,7 +101,8 @@ def convert(
         ValueError: when the folder is the source, and as :func:`mambax.load` does.
         OSError: as :func:`mambax.load` and :func:`save_pretrained` do.
     """
-    if Path(source).is_dir() and Path(source).resolve() == Path(folder).resolve():
+    source_folder, target = (Path(path).expanduser() for path in (source, folder))
+    if source_folder.is_dir() and source_folder.resolve() == target.resolve():
         raise ValueError(f"{folder}: source and target are the same folder; name another target")
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "progress": progress}
     model = load(source, backend="numpy", dtype=dtype, **options)

@@ -11,7 +11,7 @@ import numpy as np
 
 import mambax
 from mambax.backend import Backend
-from mambax.registry import backend_names, default_backend, get_backend, is_installed
+from mambax.registry import backend_names, default_backend, get_backend, install_command, is_installed
 
 TOLERANCE = 1e-5
 """Relative error, in norm, that a float32 scan may have."""
@@ -33,6 +33,7 @@ class Check(NamedTuple):
 def doctor() -> bool:
     """Print what works here and what to install for the rest. Returns whether all that should work does."""
     from rich.console import Console
+    from rich.markup import escape
 
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"mambax {mambax.__version__}, Python {platform.python_version()}, {_system()}", markup=False)
@@ -40,7 +41,7 @@ def doctor() -> bool:
     for name in sorted(backend_names(), key=lambda n: (n != "numpy", n)):
         out.print()
         if not is_installed(name):
-            out.print(f"[bold]{name}[/bold]  [yellow]not installed[/yellow]: pip install 'mambax\\[{name}]'")
+            out.print(f"[bold]{name}[/bold]  [yellow]not installed[/yellow]: {escape(install_command(name))}")
             continue
         backend, problem = _open(name)
         if backend is None:
