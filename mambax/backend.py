@@ -179,6 +179,12 @@ class Backend(Ops, Protocol):
     @property
     def InferenceParams(self) -> Callable[..., Any]: ...
 
+    # --- quantised weights -----------------------------------------------------------------------------------
+
+    def quantize(self, model: Any, kind: str, group_size: int = 32) -> Any: ...  # in place; see mambax.quantization
+
+    # of placeholders, placeholders; `parameters` and `set_parameters` reach the arrays that take their place
+
     # --- fused ops -------------------------------------------------------------------------------------------
 
     def selective_scan(

@@ -174,7 +174,7 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(folder: Path, weight
         f"1 missing: {NORM} [40]",
         "1 unexpected: backbone.layers.1.mixer.D [80]",
         "1 of another shape: backbone.layers.0.mixer.D: expected [80], found [79]",
-        "1 not of a float dtype: backbone.layers.0.norm.weight: int8",
+        "1 of another dtype: backbone.layers.0.norm.weight: expected a float dtype, found int8",
         "Is it the config.json of these weights",
     )
 

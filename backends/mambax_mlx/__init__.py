@@ -17,5 +17,5 @@ from mambax_mlx.models import (
     MambaLMHead,
     MambaMixer,
 )
-from mambax_mlx.module import Module, ModuleList, Parameter, parameters, set_parameters
+from mambax_mlx.module import Module, ModuleList, Parameter, parameters, quantize, set_parameters
 from mambax_mlx.ops import *

@@ -33,7 +33,7 @@ class Linear(mlx.nn.Linear):
             return x @ self.weight.T + self.bias
         return super().__call__(x)
 
-    def to_quantized(self, group_size: int | None = None, *args: Any, **options: Any) -> mlx.nn.Module:
+    def to_quantized(self, group_size: int | None = None, *args: Any, **options: Any) -> Any:
         """The layer that ``mlx.nn.quantize`` puts here: this one, where the group does not divide its width.
 
         In the public models that is dt_proj, which is among the layers that quantisation hurts most.

@@ -49,3 +49,15 @@ def set_parameters(module: mlx.nn.Module, values: Mapping[str, mx.array]) -> Non
     if unknown:
         raise KeyError(min(unknown))
     module.load_weights(list(values.items()), strict=False)
+
+
+def quantize(model: Any, kind: str, group_size: int = 32) -> Any:
+    """MLX quantises in a format of its own.
+
+    Raises:
+        ValueError: saying how.
+    """
+    raise ValueError(
+        f"quantize={kind!r} runs on the numpy backend and on torch on the CPU, not on mlx; load the model as it is "
+        f"and use mlx.nn.quantize(model, group_size={group_size}, bits={kind.removeprefix('int')})"
+    )

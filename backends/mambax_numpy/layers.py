@@ -14,13 +14,31 @@ from mambax_numpy import ops
 from mambax_numpy.fused import causal_conv1d
 from mambax_numpy.module import Module, Parameter
 
+_SMALL = 1 << 15
+"""Weights below which a float32 product is too short for a choice of implementation to matter."""
+
 
 def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    y = ops.astype(at_least_float32(ops, x) @ at_least_float32(ops, weight).T, weight.dtype)
+    y = ops.astype(_product(x, weight), weight.dtype)
     if bias is None:
         return y
     wide = at_least_float32(ops, y) + at_least_float32(ops, bias)
     return ops.astype(wide, np.result_type(weight.dtype, bias.dtype))
+
+
+def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """x weight^T in float32 at least.
+
+    NumPy's own product is as fast as memory for one float32 row and good for many, but slow in between; it has none
+    for narrower dtypes.
+    """
+    if np.float64 not in (x.dtype, weight.dtype):
+        from mambax_cpu import linear
+
+        rows = x.size // max(1, x.shape[-1])
+        if weight.dtype != np.float32 or (1 < rows <= linear.FEW_ROWS and weight.size >= _SMALL):
+            return linear.linear(x, weight)
+    return at_least_float32(ops, x) @ at_least_float32(ops, weight).T
 
 
 class Linear(Module):

@@ -34,7 +34,7 @@ def _optional(x: Tensor | None) -> Tensor:
     return torch.empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _direct(tensors: Sequence[Tensor | None]) -> bool:
+def may_call_directly(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the kernels may be called as they are: plain tensors, no gradient wanted, nothing traced."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
@@ -199,7 +199,7 @@ def selective_scan(
         ValueError: for a shape that does not fit, and for float64.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if _direct(tensors):
+    if may_call_directly(tensors):
         given = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, mask)
         y, final, _ = scan.forward(given, threads=torch.get_num_threads())
         return _like(y, u), torch.from_numpy(final)
@@ -291,7 +291,7 @@ def causal_conv1d(
     length, past = x.shape[1], weight.shape[2] - 1
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)
-    if _direct((x, weight, bias, initial_state)):
+    if may_call_directly((x, weight, bias, initial_state)):
         given = _conv_arguments(x, weight, bias, initial_state, activation)
         y = _like(convolution.forward(given, threads=torch.get_num_threads()), x)
     else:

@@ -20,7 +20,7 @@ def scan_implementations() -> Mapping[str, str]:
     return {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": mambax_cpu.missing()}
 
 
-def _not_by_cpu_kernels(x: Tensor) -> str:
+def why_not_cpu_kernels(x: Tensor) -> str:
     """Why the fused CPU kernels cannot take this tensor here; empty when they can."""
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}"
@@ -37,7 +37,7 @@ def _not_by_cpu_kernels(x: Tensor) -> str:
 def selective_scan(u: Tensor, *args: Any, impl: str = "auto", **options: Any) -> tuple[Tensor, Tensor]:
     """:func:`mambax.scan.selective_scan`. Unless named otherwise: the fused kernels on the CPU up to float32, else
     parallel, or sequential for a single token."""
-    reason = _not_by_cpu_kernels(u)
+    reason = why_not_cpu_kernels(u)
     automatic = ("sequential" if u.shape[1] == 1 else "pscan") if reason else "cpu"
     algorithm = scan.choose(impl, automatic, {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": reason})
     if algorithm == "cpu":
@@ -58,7 +58,7 @@ def causal_conv1d(
     activation: str | None = "silu",
 ) -> tuple[Tensor, Tensor]:
     """:func:`mambax.convolution.causal_conv1d`; by the fused kernels on the CPU where there is no mask."""
-    if mask is None and not _not_by_cpu_kernels(x):
+    if mask is None and not why_not_cpu_kernels(x):
         from mambax_torch import cpu_ops
 
         return cpu_ops.causal_conv1d(x, weight, bias, initial_state=initial_state, activation=activation)

@@ -9,8 +9,35 @@ from torch.nn import functional as F
 from mambax.init import Initial
 from mambax.scan import at_least_float32
 from mambax_torch import ops
-from mambax_torch.fused import causal_conv1d
+from mambax_torch.fused import causal_conv1d, why_not_cpu_kernels
 from mambax_torch.module import Module, Parameter
+
+FEW_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32}
+"""Rows up to which the kernels of mambax_cpu are faster than PyTorch's product; see :mod:`mambax_cpu.linear`."""
+
+_SMALL = 1 << 15
+"""Weights below which the product is too short for that to matter."""
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias; for few rows in host memory by the kernels of mambax_cpu, where no gradient is wanted."""
+    if _few_rows(x, weight, bias):
+        from mambax_torch import linear_ops
+
+        return linear_ops.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels are to be used."""
+    rows = FEW_ROWS.get(weight.dtype, 0)
+    if x.device.type != "cpu" or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+        return False
+    if weight.numel() < _SMALL or x.numel() > rows * x.shape[-1] or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return False
+    return type(weight) in (Tensor, torch.nn.Parameter) and not why_not_cpu_kernels(x)
 
 
 class Linear(torch.nn.Linear):
@@ -31,8 +58,8 @@ class Linear(torch.nn.Linear):
         """(..., in) to (..., out)."""
         bias = self.bias
         if bias is None or bias.dtype == self.weight.dtype:
-            return F.linear(input, self.weight, bias)
-        return F.linear(input, self.weight).to(bias.dtype) + bias
+            return _linear(input, self.weight, bias)
+        return _linear(input, self.weight, None).to(bias.dtype) + bias
 
 
 class Embedding(torch.nn.Embedding):
@@ -48,7 +75,7 @@ class Embedding(torch.nn.Embedding):
 
     def as_linear(self, x: Tensor) -> Tensor:
         """x (..., D) to scores (..., V): the table as the weight of a tied head."""
-        return F.linear(x, self.weight)
+        return _linear(x, self.weight, None)
 
 
 class RMSNorm(Module):

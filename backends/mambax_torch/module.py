@@ -22,8 +22,10 @@ def Parameter(value: Initial) -> torch.nn.Parameter:
 
 
 def parameters(module: Module) -> dict[str, Tensor]:
-    """Every parameter by dotted path."""
-    return dict(module.named_parameters(remove_duplicate=False))
+    """Every parameter by dotted path; the arrays of quantised layers, which are buffers, among them."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(
+        module.named_buffers(remove_duplicate=False)
+    )
 
 
 def set_parameters(module: Module, values: Mapping[str, Tensor]) -> None:
@@ -38,6 +40,9 @@ def set_parameters(module: Module, values: Mapping[str, Tensor]) -> None:
             parent = module.get_submodule(owner)
         except AttributeError as error:
             raise KeyError(path) from error
-        if parent._parameters.get(name) is None:
+        if parent._buffers.get(name) is not None:
+            setattr(parent, name, value.detach())
+        elif parent._parameters.get(name) is not None:
+            setattr(parent, name, torch.nn.Parameter(value.detach()))
+        else:
             raise KeyError(path)
-        setattr(parent, name, torch.nn.Parameter(value.detach()))

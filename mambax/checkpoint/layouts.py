@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mambax.config import POOLINGS, MambaClassificationConfig, MambaLMConfig, Pooling
+from mambax.quantization import check_kind
 
 MODEL_TYPE = "mamba"
 CAUSAL_LM = "MambaForCausalLM"
@@ -76,12 +77,14 @@ class Description:
         architecture: :data:`CAUSAL_LM`, :data:`CLASSIFIER` or :data:`ENCODER`.
         pooling: of an encoder.
         original: whether the layout is the original package's.
+        quantization: kind and group size of quantised weights (see :mod:`mambax.quantization`), or None.
     """
 
     config: MambaLMConfig
     architecture: str = CAUSAL_LM
     pooling: Pooling = "mean"
     original: bool = False
+    quantization: tuple[str, int] | None = None
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> Description:
@@ -136,7 +139,7 @@ def read_config(raw: Mapping[str, Any], where: str) -> Description:
         field = str(error).partition(" ")[0].rpartition(".")[2]
         spelling = found[field][0] if field in found else field
         raise ValueError(f"{where}: {spelling}: {error}") from error
-    return Description(config, architecture, pooling, original)
+    return Description(config, architecture, pooling, original, _quantization(merged, where))
 
 
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
@@ -166,9 +169,10 @@ def _merge_ssm_cfg(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _refuse_unsupported(merged: Mapping[str, Any], where: str) -> None:
     """Refuse what would change the numbers if it were ignored."""
-    for name in ("quantization_config", "quantization"):
-        if merged.get(name):
-            raise ValueError(f"{where}: {name} is set; quantised checkpoints are not supported, use the full ones")
+    if merged.get("quantization"):
+        raise ValueError(
+            f"{where}: quantization is set; quantised by others is not supported, use the full weights"
+        )
     for name in ("attn_layer_idx", "attn_cfg", "d_intermediate"):
         if merged.get(name):
             raise ValueError(f"{where}: {name} is {merged[name]!r}; attention and MLP blocks are not supported")
@@ -176,6 +180,25 @@ def _refuse_unsupported(merged: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: rms_norm is {merged['rms_norm']!r}; only RMSNorm is supported, not LayerNorm")
     if merged.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"{where}: hidden_act is {merged['hidden_act']!r}; only 'silu' is supported")
+
+
+def _quantization(merged: Mapping[str, Any], where: str) -> tuple[str, int] | None:
+    """Kind and group size of weights that mambax quantised; those of others would need their own reader."""
+    raw: Any = merged.get("quantization_config")
+    if not raw:
+        return None
+    if not isinstance(raw, dict) or raw.get("quant_method") != OURS:
+        raise ValueError(
+            f"{where}: quantization_config is {str(raw)[:80]}; quantised checkpoints are not supported "
+            "unless mambax wrote them, use the full ones"
+        )
+    kind: Any = raw.get("kind")
+    group_size: Any = raw.get("group_size")
+    try:
+        check_kind(kind, group_size)
+    except ValueError as error:
+        raise ValueError(f"{where}: quantization_config: {error}") from error
+    return kind, group_size
 
 
 def _agreed(merged: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, Any] | None:
@@ -253,6 +276,9 @@ def write_config(described: Description, dtype: str) -> dict[str, Any]:
     raw |= {"dtype": dtype, "use_cache": True, RESCALE: False}
     if config.rescale_prenorm_residual:
         raw[OURS] = {RESCALE: True}
+    if described.quantization is not None:  # transformers refuses a method that it does not know
+        kind, group_size = described.quantization
+        raw["quantization_config"] = {"quant_method": OURS, "kind": kind, "group_size": group_size}
     return raw
 
 

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from mambax.checkpoint.sources import CONFIG, Source, open_source
 from mambax.checkpoint.tensors import FLOATS, is_finite
 from mambax.checkpoint.weights import open_weights
 from mambax.init import Initializer
+from mambax.quantization import check_kind
 from mambax.registry import default_backend, get_backend
 from mambax.tokenizer import Tokenizer
 from mambax.tokenizer_files import FILES as TOKENIZER_FILES
@@ -43,6 +44,8 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     scan: str = "auto",
+    quantize: str | None = None,
+    group_size: int = 32,
     progress: Progress | None = None,
 ) -> Any:
     """Load a model with its weights and tokenizer.
@@ -60,6 +63,9 @@ def load(
         revision: a branch, a tag or a commit of the repository.
         local_files_only: use what has been downloaded before, and no network.
         scan: name of the selective-scan implementation.
+        quantize: ``"int8"`` or ``"int4"`` to quantise the large layers, on the numpy backend and on torch on the
+            CPU; see :mod:`mambax.quantization`. A checkpoint that was saved quantised is loaded so without it.
+        group_size: inputs to a scale of ``"int4"``, 32 or 64.
         progress: called with (bytes read, bytes in all).
 
     Returns:
@@ -68,7 +74,7 @@ def load(
 
     Raises:
         ValueError: for files that are damaged, unsupported or do not fit each other, and weights that are not
-            finite; for an unknown backend, device, dtype or scan.
+            finite; for an unknown backend, device, dtype, scan or quantize, and for one that does not run there.
         ImportError: when the backend's framework is not installed.
         FileNotFoundError: when there is no such folder or repository, or a file of it is missing.
         ConnectionError: when the hub cannot be reached.
@@ -84,19 +90,38 @@ def load(
 
     source = open_source(repo_or_folder, revision=revision, local_files_only=local_files_only)
     described = _describe(source, scan)
+    if quantize is not None:
+        _check_quantize(nn, described, quantize, group_size, device, source.name)
     model = skeleton(nn, described)
+    packed = packed_dtypes(described)
     expected = {name: tuple(array.shape) for name, array in nn.parameters(model).items()}
-    found, head = match(open_weights(source), expected, described.architecture, source.name)
+    found, head = match(open_weights(source), expected, described.architecture, source.name, packed)
     if dtype is None:
-        dtype = main_dtype((item.parameter, item.info.dtype) for item in found)
+        dtype = main_dtype((item.parameter, item.info.dtype) for item in found if item.parameter not in packed)
         _check_dtype(nn, dtype)
-    _set_weights(nn, model, found, head, dtype, device, progress)
+    _set_weights(nn, model, found, head, dtype, packed, device, progress)
+    if quantize is not None and described.quantization is None:
+        nn.quantize(model, quantize, group_size)
     model.tokenizer = _tokenizer(source, described, local_files_only)
     return model
 
 
 def skeleton(nn: Backend, described: Description) -> Any:
     """The model that a ``config.json`` describes, with placeholders for its weights."""
+    model = _full_skeleton(nn, described)
+    return model if described.quantization is None else nn.quantize(model, *described.quantization)
+
+
+def packed_dtypes(described: Description) -> dict[str, np.dtype]:
+    """The dtypes of the parameters of quantised layers, by path; empty for a model that is not quantised."""
+    if described.quantization is None:
+        return {}
+    arrays = get_backend("numpy").parameters(skeleton(get_backend("numpy"), described))
+    layers = [name.removesuffix("scales") for name in arrays if name.endswith(".scales")]
+    return {layer + part: arrays[layer + part].dtype for layer in layers for part in ("weight", "scales")}
+
+
+def _full_skeleton(nn: Backend, described: Description) -> Any:
     if described.architecture == CLASSIFIER:
         return nn.MambaForSequenceClassification(described.config, init=Initializer(None))
     if described.architecture == ENCODER:
@@ -112,6 +137,21 @@ def _device(nn: Backend, device: str | None) -> str:
         names = ", ".join(map(repr, known))
         raise ValueError(f"device is {device!r}; the {nn.name} backend has {names} here")
     return device
+
+
+def _check_quantize(
+    nn: Backend, described: Description, kind: str, group_size: int, device: str, where: str
+) -> None:
+    """Refuse, before any weight is read, what could not be quantised."""
+    check_kind(kind, group_size)
+    if described.quantization is not None and described.quantization != (kind, group_size):
+        raise ValueError(
+            f"{where}: quantize is {kind!r} in groups of {group_size}, but the checkpoint is quantised already: "
+            f"{described.quantization[0]!r} in groups of {described.quantization[1]}; load it without quantize"
+        )
+    nn.quantize(_full_skeleton(nn, described), kind, group_size)
+    if device.partition(":")[0] != "cpu":
+        raise ValueError(f"quantize={kind!r} runs on the CPU, but device is {device!r}; load with device='cpu'")
 
 
 def _check_dtype(nn: Backend, dtype: str) -> None:
@@ -136,6 +176,7 @@ def _set_weights(
     found: list[Found],
     head: Found | None,
     dtype: str,
+    packed: Mapping[str, np.dtype],
     device: str,
     progress: Progress | None,
 ) -> None:
@@ -150,7 +191,7 @@ def _set_weights(
         _check_tied(next(item for item in found if item.parameter == TABLE), head)
     values = {}
     for item in found:
-        array = _converted(item, parameter_dtype(item.parameter, dtype))
+        array = _converted(item, packed.get(item.parameter) or parameter_dtype(item.parameter, dtype))
         values[item.parameter] = nn.from_numpy(array, device=device)
         del array
         nn.evaluate(values[item.parameter])
@@ -163,6 +204,8 @@ def _set_weights(
 def _converted(item: Found, dtype: np.dtype) -> np.ndarray:
     """The values of a parameter in a dtype, all of them finite."""
     array = item.read()
+    if array.dtype not in FLOATS.values():
+        return array
     with np.errstate(over="ignore", invalid="ignore"):
         converted = array.astype(dtype, copy=False)
     if is_finite(converted):

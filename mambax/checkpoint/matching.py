@@ -14,7 +14,7 @@ TABLE, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 KEPT_IN_FLOAT32 = (".A_log", ".D", ".dt_proj.bias")
 """Ends of the names of parameters that are not stored narrower: the recurrence is too sensitive to them."""
 
-_PROBLEMS = ("missing", "unexpected", "of another shape", "not of a float dtype")
+_PROBLEMS = ("missing", "unexpected", "of another shape", "of another dtype")
 _LISTED = 8
 
 Shape = tuple[int, ...]
@@ -41,7 +41,11 @@ class Found:
 
 
 def match(
-    tensors: Mapping[str, TensorFile], expected: Mapping[str, Shape], architecture: str, where: str
+    tensors: Mapping[str, TensorFile],
+    expected: Mapping[str, Shape],
+    architecture: str,
+    where: str,
+    packed: Mapping[str, np.dtype],
 ) -> tuple[list[Found], Found | None]:
     """Find the tensor of every parameter.
 
@@ -50,6 +54,7 @@ def match(
         expected: parameter path -> shape.
         architecture: of the checkpoint; see :mod:`mambax.checkpoint.layouts`.
         where: the checkpoint, for messages.
+        packed: the dtypes of those parameters that are quantised; all others are floats.
 
     Returns:
         The parameters, the largest first; and the head of a model whose head is the table of embeddings, if the
@@ -69,8 +74,9 @@ def match(
             problems["unexpected"].append(f"{name} {list(stored.shape)}")
         elif not _fits(parameter, stored.shape, shape):
             problems["of another shape"].append(f"{name}: expected {list(shape)}, found {list(stored.shape)}")
-        elif stored.dtype not in FLOATS.values():
-            problems["not of a float dtype"].append(f"{name}: {stored.dtype.name}")
+        elif stored.dtype not in ([packed[parameter]] if parameter in packed else FLOATS.values()):
+            wanted = packed[parameter].name if parameter in packed else "a float dtype"
+            problems["of another dtype"].append(f"{name}: expected {wanted}, found {stored.dtype.name}")
         else:
             found[parameter] = Found(parameter, file, name, TensorInfo(stored.dtype, shape))
         present.add(parameter)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from mambax.checkpoint.json_files import dump_object
 from mambax.checkpoint.layouts import CAUSAL_LM, CLASSIFIER, ENCODER, Description, write_config
-from mambax.checkpoint.loading import Progress, load, skeleton
+from mambax.checkpoint.loading import Progress, load, packed_dtypes, skeleton
 from mambax.checkpoint.matching import main_dtype
 from mambax.checkpoint.safetensors_files import write_safetensors
 from mambax.checkpoint.sources import CONFIG
@@ -48,13 +50,13 @@ def save_pretrained(
         OSError: when a file cannot be written.
     """
     target = Path(folder).expanduser()
-    described = _describe(model)
     parameters = model.nn.parameters(model)
+    described = dataclasses.replace(_describe(model), quantization=_quantization(parameters))
     infos = _check_parameters(model, parameters, described)
 
     def read(name: str) -> np.ndarray:
         values = model.nn.to_numpy(parameters[name])
-        if not is_finite(values):
+        if values.dtype in FLOATS.values() and not is_finite(values):
             raise ValueError(
                 f"{name} has weights that are NaN or infinite, so the model was not saved; {target} is as it was"
             )
@@ -71,7 +73,8 @@ def save_pretrained(
             (staging / INDEX).write_bytes(dump_object(_index(infos, shards)))
         if tokenizer and model.tokenizer is not None:
             model.tokenizer.save_pretrained(staging)
-        dtype = main_dtype((name, info.dtype) for name, info in infos.items())
+        packed = packed_dtypes(described)
+        dtype = main_dtype((name, info.dtype) for name, info in infos.items() if name not in packed)
         (staging / CONFIG).write_bytes(dump_object(write_config(described, dtype)))
         _move_all(staging, target, shards)
     finally:
@@ -123,6 +126,19 @@ def _describe(model: Any) -> Description:
     )
 
 
+def _quantization(parameters: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Kind and group size of a quantised model; None of one that is not. A model of int4 has layers of int8."""
+    found: tuple[str, int] | None = None
+    for name, scales in parameters.items():
+        packed = parameters.get(name.removesuffix("scales") + "weight") if name.endswith(".scales") else None
+        dtype = "" if packed is None else str(packed.dtype).rpartition(".")[2]
+        if packed is not None and dtype == "uint8":
+            return "int4", 2 * packed.shape[1] // scales.shape[1]
+        if dtype == "int8":
+            found = "int8", 32
+    return found
+
+
 def _check_parameters(model: Any, parameters: dict[str, Any], described: Description) -> dict[str, TensorInfo]:
     """dtype and shape of every parameter, if they are those that a model of this configuration has."""
     reference = get_backend("numpy")
@@ -130,8 +146,13 @@ def _check_parameters(model: Any, parameters: dict[str, Any], described: Descrip
     expected = {name: tuple(array.shape) for name, array in reference.parameters(empty).items()}
     found = {name: tuple(array.shape) for name, array in parameters.items()}
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    names = {dtype: name for name in FLOATS if (dtype := _dtype_or_none(model.nn, name)) is not None}
-    different += sorted(name for name in expected.keys() & found.keys() if parameters[name].dtype not in names)
+    packed = packed_dtypes(described)
+    dtypes = {**FLOATS, **{dtype.name: dtype for dtype in packed.values()}}
+    names = {dtype: name for name in dtypes if (dtype := _dtype_or_none(model.nn, name)) is not None}
+    for name in sorted(expected.keys() & found.keys()):
+        stored = dtypes.get(names.get(parameters[name].dtype, ""))
+        if stored not in ([packed[name]] if name in packed else FLOATS.values()):
+            different.append(name)
     if different:
         first = different[0]
         raise ValueError(
@@ -140,7 +161,7 @@ def _check_parameters(model: Any, parameters: dict[str, Any], described: Descrip
             "can hold the model that its config describes alone: one with a mixer of your own, with adapters or "
             "quantised is saved with its framework's own means"
         )
-    return {name: TensorInfo(FLOATS[names[parameters[name].dtype]], shape) for name, shape in expected.items()}
+    return {name: TensorInfo(dtypes[names[parameters[name].dtype]], shape) for name, shape in expected.items()}
 
 
 def _dtype_or_none(nn: Any, name: str) -> Any:

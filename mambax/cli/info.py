@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from mambax.checkpoint.json_files import read_object
 from mambax.checkpoint.layouts import Description, read_config
-from mambax.checkpoint.loading import skeleton
+from mambax.checkpoint.loading import packed_dtypes, skeleton
 from mambax.checkpoint.matching import main_dtype, match, parameter_dtype
 from mambax.checkpoint.sources import CONFIG, Folder, Source, open_source
 from mambax.checkpoint.weights import open_weights
@@ -44,7 +45,7 @@ def info(name: str, revision: str | None, offline: bool) -> None:
     if path is None:
         raise FileNotFoundError(f"{name}: no {CONFIG}; expected a checkpoint folder; {source.describe()}")
     described = read_config(read_object(path), str(path))
-    shapes = _shapes(described)
+    shapes = _shapes(dataclasses.replace(described, quantization=None))
     rows = _family(name, described) | _weights(source, described, shapes)
     rows |= {f"size in {dtype}": size(_bytes(shapes, dtype)) for dtype in DTYPES}
     rows |= {f"state per sequence, {dtype}": size(state_bytes(described.config, dtype)) for dtype in DTYPES}
@@ -84,10 +85,12 @@ def _weights(source: Source, described: Description, shapes: Mapping[str, tuple[
     rows = {"parameters": f"{count:,}"}
     if not isinstance(source, Folder):
         return rows | {"weights": "not looked at: they would have to be downloaded"}
-    tensors = open_weights(source)
-    found, _ = match(tensors, dict(shapes), described.architecture, source.name)
+    tensors, packed = open_weights(source), packed_dtypes(described)
+    found, _ = match(tensors, _shapes(described), described.architecture, source.name, packed)
     files = {Path(file.path) for file in tensors.values()}
-    dtype = main_dtype((item.parameter, item.info.dtype) for item in found)
+    dtype = main_dtype((item.parameter, item.info.dtype) for item in found if item.parameter not in packed)
+    if described.quantization is not None:
+        dtype = f"{described.quantization[0]} and {dtype}"
     names = ", ".join(sorted(path.name for path in files))
     total = sum(path.stat().st_size for path in files)
     return rows | {"weights": f"{names}, {dtype}, {size(total)}; names and shapes fit the configuration"}
