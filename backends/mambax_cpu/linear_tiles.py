@@ -21,28 +21,14 @@ from numba.core import cgutils
 from mambax.quantization import BLOCK
 from mambax_cpu.compilation import intrinsic
 from mambax_cpu.linear_emit import FLOATS, INDEX, INTEGERS, STORED, Emitter
-from mambax_cpu.simd import WIDTH, floats
+from mambax_cpu.simd import WIDTH, address_of, floats
 
 GROUP = 32
 """Inputs that share a scale, at least."""
 
 
-def _address_of(element: Any) -> Any:
-    """An intrinsic: an int64 address as an address of elements of this Numba type."""
-    result = types.CPointer(element)
-
-    @intrinsic
-    def emit(typing_context: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(result))
-
-        return result(types.int64), generate
-
-    return emit
-
-
-bfloat16_at, float16_at = _address_of(types.int16), _address_of(types.uint16)
-int8_at, words_at = _address_of(types.int8), _address_of(types.uint32)
+bfloat16_at, float16_at = address_of(types.int16), address_of(types.uint16)
+int8_at, words_at = address_of(types.int8), address_of(types.uint32)
 
 
 @intrinsic

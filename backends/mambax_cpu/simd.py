@@ -49,7 +49,7 @@ class _LanesModel(models.PrimitiveModel):
 # --- memory --------------------------------------------------------------------------------------------------
 
 
-def _address_of(element: Any) -> Any:
+def address_of(element: Any) -> Any:
     """An intrinsic: an int64 address as an address of elements of this Numba type."""
     result = types.CPointer(element)
 
@@ -63,9 +63,9 @@ def _address_of(element: Any) -> Any:
     return emit
 
 
-pointer = _address_of(types.float32)
-bytes_at = _address_of(types.uint8)
-integers_at = _address_of(types.int64)
+pointer = address_of(types.float32)
+bytes_at = address_of(types.uint8)
+integers_at = address_of(types.int64)
 
 
 def _vector_address(builder: Any, base: Any, index: Any) -> Any:
