@@ -42,6 +42,7 @@ class SelectiveScan(Protocol):
         delta_softplus: bool = False,
         initial_state: Array | None = None,  # (B, D, N)
         mask: Array | None = None,  # (B, L) bool
+        boundaries: Array | None = None,  # (B, L) bool: True where a new sequence begins; not with a mask
     ) -> tuple[Array, Array]: ...  # y (B, L, D) in the dtype of u, final state (B, D, N) float32
 
 
@@ -163,7 +164,7 @@ class Backend(Ops, Protocol):
     @property
     def CausalConv1d(self) -> Callable[..., Any]: ...
 
-    # (weight (D, 1, K), bias (D,) | None); (x, initial_state, mask) -> as the op causal_conv1d
+    # (weight (D, 1, K), bias (D,) | None); (x, initial_state, mask, boundaries) -> as the op causal_conv1d
 
     # --- the model's classes, bound to this backend ----------------------------------------------------------
 
@@ -201,6 +202,7 @@ class Backend(Ops, Protocol):
         delta_softplus: bool = False,
         initial_state: Array | None = None,
         mask: Array | None = None,
+        boundaries: Array | None = None,
         impl: str = "auto",
     ) -> tuple[Array, Array]: ...  # SelectiveScan with a choice of implementation
 
@@ -212,8 +214,23 @@ class Backend(Ops, Protocol):
         *,
         initial_state: Array | None = None,  # (B, K-1, D): the K-1 inputs before x
         mask: Array | None = None,  # (B, L) bool: False positions do not exist
+        boundaries: Array | None = None,  # (B, L) bool: True where a new sequence begins; not with a mask
         activation: str | None = "silu",
     ) -> tuple[Array, Array]: ...  # y (B, L, D), final state (B, K-1, D)
+
+    # --- gradients in less memory ----------------------------------------------------------------------------
+
+    def recomputed(self, module: Any) -> Callable[..., Any]: ...
+
+    # the module as a function of arrays, tuples of them and None, whose intermediate results are computed again for
+    # the gradient instead of kept
+
+    def summed_over_chunks(
+        self, module: Any, function: Callable[..., tuple[Array, ...]], arrays: Sequence[Array], rows: int
+    ) -> tuple[Array, ...]: ...
+
+    # the sum of what function(*chunk) returns for each chunk of so many rows of the arrays, in both directions with
+    # the intermediate results of one chunk at a time. Of parameters, it may use the module's.
 
     # --- the host edge ---------------------------------------------------------------------------------------
 

@@ -8,24 +8,20 @@ Dimensions: B batch, L length, D d_inner, M d_model, N d_state, K d_conv, R dt_r
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from mambax.backend import Array, Backend
+from mambax.backend import Array, Backend, Ops
 from mambax.config import MambaConfig
 from mambax.init import Initializer
+from mambax.layer_states import LayerState
 from mambax.scan import at_least_float32
 
 
-class LayerState(NamedTuple):
-    """The state of one block.
-
-    Attributes:
-        conv: (B, K-1, D) the last inputs of the convolution, in the dtype of the activations.
-        ssm: (B, D, N) the state of the recurrence, float32.
-    """
-
-    conv: Array
-    ssm: Array
+def rms(nn: Ops, x: Array, eps: float) -> Array:
+    """``x / sqrt(mean(x^2) + eps)`` over the last axis, in float32 and back in the dtype of x: no weight."""
+    wide = at_least_float32(nn, x)
+    return nn.astype(wide * (nn.sum(wide * wide, axis=-1) / x.shape[-1] + eps)[..., None] ** -0.5, x.dtype)
 
 
 class MambaMixer:
@@ -53,6 +49,11 @@ class MambaMixer:
         )
         self.x_proj = nn.Linear(init.linear(R + 2 * N, D), None)
         self.dt_proj = nn.Linear(init.dt_weight(config), init.dt_bias(config))
+        if config.dt_b_c_norm == "learned":
+            eps = config.dt_b_c_norm_epsilon
+            self.dt_layernorm = nn.RMSNorm(init.full((R,), 1.0), eps)
+            self.b_layernorm = nn.RMSNorm(init.full((N,), 1.0), eps)
+            self.c_layernorm = nn.RMSNorm(init.full((N,), 1.0), eps)
         self.A_log = nn.Parameter(init.A_log(config))  # (D, N)
         self.D = nn.Parameter(init.full((D,), 1.0))  # (D,)
         self.out_proj = nn.Linear(
@@ -60,7 +61,11 @@ class MambaMixer:
         )
 
     def forward(
-        self, hidden: Array, state: LayerState | None = None, mask: Array | None = None
+        self,
+        hidden: Array,
+        state: LayerState | None = None,
+        mask: Array | None = None,
+        boundaries: Array | None = None,
     ) -> tuple[Array, LayerState]:
         """Mix along the sequence.
 
@@ -68,12 +73,13 @@ class MambaMixer:
             hidden: (B, L, M).
             state: what an earlier call returned, or None at the start of a sequence.
             mask: (B, L) bool, False where a position does not exist; None when all do.
+            boundaries: (B, L) bool, True where a new sequence begins in a packed row; None when none does.
 
         Returns:
             (B, L, M), and the state after the last position.
 
         Raises:
-            ValueError: for a state of other sizes.
+            ValueError: for a state of other sizes, and for a mask together with boundaries.
         """
         nn, D, N = self.nn, self.config.d_inner, self.config.d_state
         if state is not None:
@@ -81,9 +87,9 @@ class MambaMixer:
         rank = int(self.config.dt_rank)
         xz = self.in_proj(hidden)  # (B, L, 2D)
         x, z = xz[..., :D], xz[..., D:]
-        x, conv = self.conv1d(x, None if state is None else state.conv, mask)  # (B, L, D)
+        x, conv = self.conv1d(x, None if state is None else state.conv, mask, boundaries)  # (B, L, D)
         dbc = self.x_proj(x)  # (B, L, R + 2N)
-        dt, B, C = dbc[..., :rank], dbc[..., rank : rank + N], dbc[..., rank + N :]
+        dt, B, C = self._normed(dbc[..., :rank], dbc[..., rank : rank + N], dbc[..., rank + N :])
         y, ssm = nn.selective_scan(
             x,
             self.dt_proj(dt),
@@ -95,9 +101,20 @@ class MambaMixer:
             delta_softplus=True,
             initial_state=None if state is None else state.ssm,
             mask=mask,
+            boundaries=boundaries,
             impl=self.config.scan,
         )
         return self.out_proj(y), LayerState(conv, ssm)
+
+    def _normed(self, dt: Array, B: Array, C: Array) -> tuple[Array, Array, Array]:
+        """dt (B, L, R), B and C (B, L, N) after their RMSNorms, where the family has any."""
+        nn, config = self.nn, self.config
+        if config.dt_b_c_norm == "learned":
+            return self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        if config.dt_b_c_norm == "weightless":
+            eps = config.dt_b_c_norm_epsilon
+            return rms(nn, dt, eps), rms(nn, B, eps), rms(nn, C, eps)
+        return dt, B, C
 
     def _check_state(self, state: LayerState, batch: int) -> None:
         config = self.config
@@ -124,12 +141,15 @@ class Block:
     Args:
         config: the model's configuration.
         layer_idx: the block's number.
-        mixer_cls: what builds the mixer, called as :class:`MambaMixer` is; the backend's MambaMixer when None.
+        mixer_cls: what builds the mixer, called as :class:`MambaMixer` is; when None, the one of :attr:`mixers`
+            that ``config.layer_types`` names.
         init: where initial weights come from; seed 0 when None.
     """
 
     nn: ClassVar[Backend]
-    default_mixer_cls: ClassVar[Any]
+    mixers: ClassVar[Mapping[str, Any]]
+    """Kind of mixer, as in ``config.layer_types`` -> its class on this backend. All have the same ``forward``:
+    (hidden, state, mask, boundaries) to (mixed, state after); one that keeps no state takes and returns None."""
 
     def __init__(
         self,
@@ -143,13 +163,25 @@ class Block:
         init = init or Initializer()
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = self.nn.RMSNorm(init.full((config.d_model,), 1.0), config.norm_epsilon)
-        self.mixer = (mixer_cls or self.default_mixer_cls)(config, layer_idx, init=init)
+        self.mixer = (mixer_cls or self._named(config.layer_kinds[layer_idx]))(config, layer_idx, init=init)
+
+    def _named(self, kind: str) -> Any:
+        if kind not in self.mixers:
+            raise ValueError(
+                f"layer_types: unknown mixer {kind!r}; expected one of {', '.join(map(repr, self.mixers))}"
+            )
+        return self.mixers[kind]
 
     def forward(
-        self, hidden: Array, state: LayerState | None = None, mask: Array | None = None
+        self,
+        hidden: Array,
+        state: LayerState | None = None,
+        mask: Array | None = None,
+        boundaries: Array | None = None,
     ) -> tuple[Array, LayerState]:
         """(B, L, M) to (B, L, M) and the state after the last position; arguments as of the mixer."""
-        mixed, after = self.mixer(self.norm(hidden), state, mask)
+        packed = () if boundaries is None else (boundaries,)  # a mixer of one's own need not know packed rows
+        mixed, after = self.mixer(self.norm(hidden), state, mask, *packed)
         if self.residual_in_fp32:
             hidden = at_least_float32(self.nn, hidden)
         return hidden + self.nn.astype(mixed, hidden.dtype), after

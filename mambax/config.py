@@ -1,7 +1,7 @@
 """Model configurations: frozen dataclasses, validated on construction.
 
 The field names are those of the Mamba paper and its official package (``d_model``, ``n_layer``, ...). How
-they are spelled in a ``config.json`` is known to :mod:`mambax.checkpoint.layouts` alone.
+they are spelled in a ``config.json`` is known to :mod:`mambax.families` alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _check_choice(config: object, field: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig:
-    """The core of a Mamba-1 model: a stack of selective state-space blocks, without a vocabulary.
+    """The core of a model: a stack of residual blocks, selective state-space ones at first, without a vocabulary.
 
     Args:
         d_model: width of the residual stream.
@@ -68,6 +68,13 @@ class MambaConfig:
         dt_scale: factor on the initial ``dt_proj.weight``.
         dt_init_floor: smallest initial time step.
         rescale_prenorm_residual: divide the initial ``out_proj.weight`` by ``sqrt(n_layer)``.
+        dt_b_c_norm: an RMSNorm of each of the time step (in rank space), B and C: ``"none"``, ``"weightless"``
+            (Falcon-Mamba) or ``"learned"``, with a weight each (Jamba).
+        dt_b_c_norm_epsilon: added to the mean square in these.
+        layer_types: the kind of mixer of each block, n_layer names of ``Block.mixers``; ``"mamba"`` everywhere
+            when None.
+        family: the family of checkpoints as which the model is written, a name of :data:`mambax.families.FAMILIES`;
+            when None, ``"mamba"`` for a model that Mamba-1 checkpoints can describe, else ``"mambax"``.
         scan: name of the selective-scan implementation, or ``"auto"``; not a property of the weights, so it is
             not saved with them.
 
@@ -93,6 +100,10 @@ class MambaConfig:
     dt_scale: float = 1.0
     dt_init_floor: float = 1e-4
     rescale_prenorm_residual: bool = True
+    dt_b_c_norm: Literal["none", "weightless", "learned"] = "none"
+    dt_b_c_norm_epsilon: float = 1e-6
+    layer_types: tuple[str, ...] | None = None
+    family: str | None = None
     scan: str = "auto"
 
     def __post_init__(self) -> None:
@@ -116,8 +127,29 @@ class MambaConfig:
         _check_float(self, "dt_scale", 0, 1e6)
         _check_float(self, "dt_init_floor", 0, 1e3)
         _check_choice(self, "dt_init", ("random", "constant"))
+        _check_choice(self, "dt_b_c_norm", ("none", "weightless", "learned"))
+        _check_float(self, "dt_b_c_norm_epsilon", 0, 1)
+        self._check_layer_types()
+        if self.family is None:
+            plain = set(self.layer_kinds) == {"mamba"} and self.dt_b_c_norm == "none"
+            object.__setattr__(self, "family", "mamba" if plain else "mambax")
+        if not isinstance(self.family, str):
+            _fail(self, "family", self.family, "the name of a family of checkpoints, or None")
         if not isinstance(self.scan, str):
             _fail(self, "scan", self.scan, "the name of a scan implementation, or 'auto'")
+
+    def _check_layer_types(self) -> None:
+        if self.layer_types is None:
+            return
+        kinds = self.layer_types if isinstance(self.layer_types, (tuple, list)) else ()
+        if len(kinds) != self.n_layer or not all(isinstance(kind, str) for kind in kinds):
+            _fail(self, "layer_types", self.layer_types, f"n_layer ({self.n_layer}) names of mixers, or None")
+        object.__setattr__(self, "layer_types", tuple(kinds))
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of mixer of each block, n_layer of them."""
+        return ("mamba",) * self.n_layer if self.layer_types is None else self.layer_types
 
     @property
     def d_inner(self) -> int:

@@ -77,14 +77,15 @@ class Decoder:
 
     def advance(self) -> None:
         """Let the state read the tokens, and sample the next ones. Does not wait."""
-        logits, self.state = self._read()
-        self._sample(logits)
+        output = self._read()
+        self.state = output.state
+        self._sample(output.logits)
 
     def final_state(self) -> InferenceParams:
         """The state after the last tokens too."""
-        return self._read()[1]
+        return self._read().state
 
-    def _read(self) -> tuple[Array, InferenceParams]:
+    def _read(self) -> Any:
         with self.nn.no_grad():
             ids = self.nn.maximum(self.tokens, 0)[:, None]
             return self.model(ids, self.state, logits_to_keep=1)

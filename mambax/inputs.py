@@ -5,6 +5,8 @@ Dimensions: B batch, L length, M d_model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mambax.backend import Array, Backend
@@ -68,3 +70,71 @@ def check_hidden(config: MambaConfig, hidden: Array, mask: Array | None) -> None
         raise ValueError(f"inputs: expected (batch, length of at least 1, d_model {config.d_model}), found {shape}")
     if mask is not None and tuple(mask.shape) != shape[:2]:
         raise ValueError(f"mask: expected (batch, length) = {shape[:2]}, found {tuple(mask.shape)}")
+
+
+def as_boundaries(
+    nn: Backend, segment_ids: Array | None, boundaries: Array | None, mask: Array | None, like: Array
+) -> Array | None:
+    """Where the sequences of packed rows begin, (B, L) bool beside ``like``; None when nothing is packed.
+
+    Args:
+        nn: the backend.
+        segment_ids: (B, L) whole numbers, the same number along each sequence of a row, or None. A sequence begins
+            where the number changes; at the first position the sequence of the state goes on.
+        boundaries: (B, L) bool, True where a sequence begins, or None; the first position counts too.
+        mask: the mask given beside them, or None.
+        like: an array of L positions, (B, L, ...), on whose device to put them.
+
+    Raises:
+        ValueError: when two of the three are given, and for shapes or values that do not fit.
+    """
+    if segment_ids is None and boundaries is None:
+        return None
+    if mask is not None or (segment_ids is not None and boundaries is not None):
+        names = ("segment_ids", "boundaries", "mask")
+        given = [name for name, x in zip(names, (segment_ids, boundaries, mask), strict=True) if x is not None]
+        raise ValueError(
+            f"found {' and '.join(given)}; expected one of them. In packed rows, let the padding be a segment of "
+            "its own"
+        )
+    return _begins(nn, boundaries, like) if segment_ids is None else _changes(nn, segment_ids, like)
+
+
+def _begins(nn: Backend, boundaries: Array, like: Array) -> Array:
+    if isinstance(boundaries, (list, tuple, np.ndarray)):
+        boundaries = np.asarray(boundaries)
+        if boundaries.dtype == np.bool_:
+            boundaries = nn.from_numpy(boundaries, like=like)
+    _check_positions("boundaries", boundaries, like)
+    if boundaries.dtype != nn.bool_:
+        raise ValueError(f"boundaries: expected True and False, found {boundaries.dtype} values")
+    return boundaries
+
+
+def _changes(nn: Backend, segment_ids: Array, like: Array) -> Array:
+    if isinstance(segment_ids, (list, tuple, np.ndarray)):
+        numbers = np.asarray(segment_ids)
+        if not np.issubdtype(numbers.dtype, np.integer):
+            raise ValueError(f"segment_ids: expected whole numbers, found {numbers.dtype} values")
+        segment_ids = nn.from_numpy(numbers.astype(np.int64), like=like)
+    _check_positions("segment_ids", segment_ids, like)
+    first = nn.astype(segment_ids[:, :1] * 0, nn.bool_)
+    return nn.concat([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+
+
+def _check_positions(name: str, array: Array, like: Array) -> None:
+    if tuple(array.shape) != tuple(like.shape[:2]):
+        raise ValueError(f"{name}: expected (batch, length) = {tuple(like.shape[:2])}, found {tuple(array.shape)}")
+
+
+def segment_ids_from_lengths(lengths: Sequence[int]) -> np.ndarray:
+    """(1, L) int64 segment ids of sequences of the given lengths packed into one row of L = sum(lengths).
+
+    Of ``cu_seqlens`` (0 and the running sums of the lengths) the lengths are ``numpy.diff(cu_seqlens)``.
+
+    Raises:
+        ValueError: for no length, or one below 1.
+    """
+    if len(lengths) == 0 or min(lengths) < 1:
+        raise ValueError(f"lengths: expected at least one, each 1 or more; found {list(lengths)}")
+    return np.repeat(np.arange(len(lengths)), np.asarray(lengths))[None]

@@ -14,10 +14,11 @@ from mambax.checkpoint.mixin import CheckpointMixin
 from mambax.config import POOLINGS, MambaClassificationConfig, MambaConfig, MambaLMConfig, Pooling
 from mambax.generation import GenerationMixin
 from mambax.init import Initializer
-from mambax.inputs import as_mask, as_token_ids, check_hidden
+from mambax.inputs import as_boundaries, as_mask, as_token_ids, check_hidden
 from mambax.pooling import last_positions, pool, pooled_size
 from mambax.scan import at_least_float32
 from mambax.state import InferenceParams
+from mambax.training import losses
 
 
 class EncoderOutput(NamedTuple):
@@ -28,17 +29,21 @@ class EncoderOutput(NamedTuple):
 
 
 class CausalLMOutput(NamedTuple):
-    """logits (B, L, V) float32, and the state after the last position."""
+    """logits (B, L, V) float32, and the state after the last position; with labels, loss () and accuracy ()."""
 
     logits: Array
     state: InferenceParams
+    loss: Array | None = None
+    accuracy: Array | None = None
 
 
 class SequenceClassifierOutput(NamedTuple):
-    """logits (B, num_labels) float32, and the state after the last position."""
+    """logits (B, num_labels) float32, and the state after the last position; with labels, loss and accuracy ()."""
 
     logits: Array
     state: InferenceParams
+    loss: Array | None = None
+    accuracy: Array | None = None
 
 
 class FeatureOutput(NamedTuple):
@@ -56,9 +61,13 @@ class MambaEncoder:
         mixer_cls: what builds the mixer of each block, called as ``MambaMixer(config, layer_idx, init=init)``;
             the backend's MambaMixer when None.
         init: where initial weights come from; seed 0 when None.
+
+    Set ``gradient_checkpointing`` to True to keep, for the gradient, only the inputs of each block and to compute
+    the rest of it again: less memory for more time.
     """
 
     nn: ClassVar[Backend]
+    gradient_checkpointing: bool = False
     block_cls: ClassVar[Any]
     state_cls: ClassVar[Any]
 
@@ -72,7 +81,13 @@ class MambaEncoder:
         self.norm_f = self.nn.RMSNorm(init.full((config.d_model,), 1.0), config.norm_epsilon)
 
     def forward(
-        self, hidden: Array, state: InferenceParams | None = None, mask: Array | None = None
+        self,
+        hidden: Array,
+        state: InferenceParams | None = None,
+        mask: Array | None = None,
+        *,
+        segment_ids: Array | None = None,
+        boundaries: Array | None = None,
     ) -> EncoderOutput:
         """Run every block.
 
@@ -81,27 +96,52 @@ class MambaEncoder:
             state: what an earlier call returned, or None at the start of a sequence.
             mask: (B, L) bool, False where a position does not exist; None when all do. Outputs at such
                 positions are to be ignored.
+            segment_ids: (B, L) whole numbers, for rows that pack several sequences: a sequence begins where the
+                number changes, and nothing from before it reaches it. The first one continues ``state``.
+            boundaries: (B, L) bool, the same in other words: True where a sequence begins. At the first position
+                it drops ``state``, as a window into longer rows may need.
+
+        Returns:
+            The hidden states, and the state of the last sequence of each row.
 
         Raises:
-            ValueError: when the shapes of hidden, state and mask do not fit this model or each other.
+            ValueError: when the shapes of the arguments do not fit this model or each other, and when two of
+                mask, segment_ids and boundaries are given.
         """
         nn = self.nn
         mask = None if mask is None else as_mask(nn, mask, hidden)
         check_hidden(self.config, hidden, mask)
+        boundaries = as_boundaries(nn, segment_ids, boundaries, mask, hidden)
+        packed = () if boundaries is None else (boundaries,)
         if state is None:
             state = self.init_state(hidden.shape[0])
         if not isinstance(state, InferenceParams):
             raise ValueError(f"state: expected InferenceParams, found {type(state).__name__}; is it the mask?")
         state.check(nn.name, len(self.layers), hidden.shape[0])
-        layers = []
-        for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            hidden, layer_state = layer(hidden, layer_state, mask)
-            layers.append(layer_state)
-        if mask is None:
-            seen = state.tokens_seen + hidden.shape[1]
-        else:
-            seen = state.tokens_seen + nn.sum(nn.astype(mask, nn.int64), axis=1)
-        return EncoderOutput(self.norm_f(hidden), self.state_cls(tuple(layers), seen))
+        stepped = None
+        if mask is None and boundaries is None and not self.gradient_checkpointing:
+            stepped = nn.decode_step(self.layers, hidden, state.layers)
+        if stepped is None:
+            layers = []
+            for layer, layer_state in zip(self.layers, state.layers, strict=True):
+                run = nn.recomputed(layer) if self.gradient_checkpointing else layer
+                hidden, layer_state = run(hidden, layer_state, mask, *packed)
+                layers.append(layer_state)
+            stepped = hidden, tuple(layers)
+        hidden, layers = stepped
+        seen = self._tokens_seen(state.tokens_seen, hidden.shape[1], mask, boundaries)
+        return EncoderOutput(self.norm_f(hidden), self.state_cls(layers, seen))
+
+    def _tokens_seen(self, before: Array, length: int, mask: Array | None, boundaries: Array | None) -> Array:
+        """How many tokens the state after these positions stands for, (B,) int64."""
+        nn = self.nn
+        if mask is not None:
+            return before + nn.sum(nn.astype(mask, nn.int64), axis=1)
+        if boundaries is None:
+            return before + length
+        begun = nn.astype(boundaries, nn.int64) * (nn.arange(length, like=before) + 1)  # place, from 1, or 0
+        last = nn.max(begun, axis=1)  # (B,)
+        return nn.where(last > 0, length + 1 - last, before + length)
 
     def init_state(self, batch: int = 1) -> InferenceParams:
         """The state before the first token, for ``batch`` rows."""
@@ -180,9 +220,15 @@ class MambaForCausalLM(CheckpointMixin, GenerationMixin):
         state: InferenceParams | None = None,
         mask: Array | None = None,
         *,
+        segment_ids: Array | None = None,
+        boundaries: Array | None = None,
         logits_to_keep: int = 0,
+        labels: Array | None = None,
+        shift_labels: Array | None = None,
+        num_items_in_batch: float | None = None,
+        return_logits: bool | None = None,
     ) -> CausalLMOutput:
-        """Logits of the token after each position.
+        """Logits of the token after each position, and with labels the loss.
 
         Args:
             input_ids: (B, L) token ids: an integer array of the framework or of NumPy, or nested lists. An array
@@ -190,21 +236,44 @@ class MambaForCausalLM(CheckpointMixin, GenerationMixin):
                 an IndexError in PyTorch on the CPU and gives NaN in MLX.
             state: what an earlier call returned, or None at the start of a text. Any number of tokens may follow.
             mask: (B, L) bool, False at padding, on either side; None when there is none.
+            segment_ids, boundaries: (B, L), for rows that pack several texts; as of :meth:`MambaEncoder.forward`.
             logits_to_keep: compute logits only for that many last positions that exist; 0 for all positions.
+            labels: (B, L), commonly ``input_ids`` themselves, -100 where a token is not to be predicted. Each is
+                the target of the position before it; across a boundary, and at padding, there is no target.
+            shift_labels: (B, L), the same moved one place to the left: the target of each position, -100 for none.
+            num_items_in_batch: what the summed loss is divided by, for a batch in several parts; the number of
+                targets when None.
+            return_logits: when False, ``logits`` are None, and never in memory: the loss goes through the positions
+                in chunks. When None, that is so exactly when there are labels.
 
         Returns:
-            logits (B, L or logits_to_keep, V) in float32, and the state after the last position.
+            logits (B, L or logits_to_keep, V) in float32, and the state after the last position. With labels, the
+            mean negative log-likelihood of the targets in nats and the fraction that has the largest logit, both
+            NaN where there is no target.
 
         Raises:
-            ValueError: for ids outside the vocabulary, and for shapes that do not fit.
+            ValueError: for ids and labels outside the vocabulary, and for shapes that do not fit.
         """
+        nn = self.nn
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 for all positions, or how many")
-        hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask)
+        with_loss = labels is not None or shift_labels is not None
+        packed = {"segment_ids": segment_ids, "boundaries": boundaries}
+        hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask, **packed)
+        module: Any = self.backbone.embeddings if self.lm_head is None else self.lm_head
+        head = module if self.lm_head is not None else module.as_linear
+        loss = losses.Loss(None, None)
+        if with_loss:
+            exists = None if mask is None else as_mask(nn, mask, hidden)
+            begins = as_boundaries(nn, segment_ids, boundaries, mask, hidden)
+            size = self.config.vocab_size
+            targets = losses.token_targets(nn, labels, shift_labels, exists, begins, hidden, size)
+            loss = losses.cross_entropy(nn, module, head, hidden, targets, size, divisor=num_items_in_batch)
+        if with_loss and not return_logits:
+            return CausalLMOutput(None, state, *loss)
         if logits_to_keep:
-            hidden = last_positions(self.nn, hidden, mask, logits_to_keep)
-        logits = self.backbone.embeddings.as_linear(hidden) if self.lm_head is None else self.lm_head(hidden)
-        return CausalLMOutput(at_least_float32(self.nn, logits), state)
+            hidden = last_positions(nn, hidden, mask, logits_to_keep)
+        return CausalLMOutput(at_least_float32(nn, head(hidden)), state, *loss)
 
     def init_state(self, batch: int = 1) -> InferenceParams:
         """The state before the first token, for ``batch`` rows."""
@@ -279,14 +348,35 @@ class MambaForSequenceClassification(CheckpointMixin):
         self.score = self.head_cls(config, init=init)
 
     def forward(
-        self, input_ids: Array, state: InferenceParams | None = None, mask: Array | None = None
+        self,
+        input_ids: Array,
+        state: InferenceParams | None = None,
+        mask: Array | None = None,
+        *,
+        labels: Array | None = None,
+        problem_type: losses.ProblemType | None = None,
+        num_items_in_batch: float | None = None,
     ) -> SequenceClassifierOutput:
-        """Logits (B, num_labels) of token ids (B, L); arguments as of :meth:`MambaForCausalLM.forward`."""
+        """Logits (B, num_labels) of token ids (B, L), and with labels the loss.
+
+        Args:
+            input_ids, state, mask: as of :meth:`MambaForCausalLM.forward`.
+            labels, problem_type: one label for each row, several, or numbers; see
+                :func:`mambax.training.losses.classification`.
+            num_items_in_batch: what the loss summed over rows is divided by; the number of rows when None.
+
+        Raises:
+            ValueError: for labels that do not fit, and as :meth:`MambaForCausalLM.forward`.
+        """
         nn = self.nn
         hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask)
         pooled = pool(nn, hidden, state, mask, self.config.pooling)
         logits = self.score(nn.astype(pooled, self.score.bias.dtype))  # a quantised weight is of whole numbers
-        return SequenceClassifierOutput(at_least_float32(nn, logits), state)
+        logits = at_least_float32(nn, logits)
+        if labels is None:
+            return SequenceClassifierOutput(logits, state)
+        options: dict[str, Any] = {"problem_type": problem_type, "divisor": num_items_in_batch}
+        return SequenceClassifierOutput(logits, state, *losses.classification(nn, logits, labels, **options))
 
     def init_state(self, batch: int = 1) -> InferenceParams:
         """The state before the first token, for ``batch`` rows."""
@@ -294,8 +384,8 @@ class MambaForSequenceClassification(CheckpointMixin):
 
 
 def _embed_and_encode(
-    backbone: Any, input_ids: Array, state: InferenceParams | None, mask: Array | None
+    backbone: Any, input_ids: Array, state: InferenceParams | None, mask: Array | None, **packed: Array | None
 ) -> EncoderOutput:
     table = backbone.embeddings.weight
     ids = as_token_ids(backbone.nn, input_ids, backbone.config.vocab_size, table)
-    return backbone(backbone.embeddings(ids), state, mask)
+    return backbone(backbone.embeddings(ids), state, mask, **packed)

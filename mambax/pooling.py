@@ -13,7 +13,15 @@ from mambax.state import InferenceParams
 
 
 def pooled_size(config: MambaConfig, pooling: Pooling) -> int:
-    """P, the number of features that a pooling gives."""
+    """P, the number of features that a pooling gives.
+
+    Raises:
+        ValueError: for ``"state"`` where the last block keeps no state of Mamba-1.
+    """
+    if pooling == "state" and config.layer_kinds[-1] != "mamba":
+        raise ValueError(
+            f"pooling 'state' needs 'mamba' as the last of layer_types, found {config.layer_kinds[-1]!r}"
+        )
     return config.d_inner * config.d_state if pooling == "state" else config.d_model
 
 

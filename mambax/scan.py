@@ -33,8 +33,9 @@ from mambax.backend import Array, Ops
 CHUNK = 256
 """Steps that a parallel algorithm handles at once. A longer chunk means fewer calls and more memory."""
 
-Recurrence = Callable[[Ops, Array, Array, Array], Array]
-"""(nn, log_a (B,T,D,N), b (B,T,D,N), h0 (B,D,N)) -> every h[t] = exp(log_a[t]) h[t-1] + b[t], (B,T,D,N)."""
+Recurrence = Callable[[Ops, Array, Array, Array, "Array | None"], Array]
+"""(nn, log_a (B,T,D,N), b (B,T,D,N), h0 (B,D,N), begins (B,T) bool | None) -> every state (B,T,D,N) of
+h[t] = exp(log_a[t]) h[t-1] + b[t], where h[t-1] counts as zero at a step that begins a sequence."""
 
 
 def at_least_float32(nn: Ops, x: Array) -> Array:
@@ -61,6 +62,7 @@ def selective_scan(
     delta_softplus: bool = False,
     initial_state: Array | None = None,  # (B, D, N)
     mask: Array | None = None,  # (B, L) bool
+    boundaries: Array | None = None,  # (B, L) bool
     algorithm: str = "sequential",
 ) -> tuple[Array, Array]:
     """The selective scan with its whole epilogue, by one of :data:`ALGORITHMS`.
@@ -77,6 +79,8 @@ def selective_scan(
         delta_softplus: put delta through softplus, after the bias.
         initial_state: (B, D, N) state before the first step; zero when None.
         mask: (B, L) bool; where False the step leaves the state as it was, and its output is to be ignored.
+        boundaries: (B, L) bool; where True a new sequence begins, which nothing from before it reaches: the state
+            before that step is zero, at the first step in place of the initial state. Not together with a mask.
         algorithm: a name in :data:`ALGORITHMS`.
 
     Returns:
@@ -84,13 +88,15 @@ def selective_scan(
         arithmetic is done in that precision.
 
     Raises:
-        ValueError: for a shape that does not fit.
+        ValueError: for a shape that does not fit, and for a mask together with boundaries.
 
-    Source: ``selective_scan_ref`` of mamba_ssm, with mask, initial and final state added.
+    Source: ``selective_scan_ref`` of mamba_ssm, with mask, boundaries, initial and final state added.
     """
-    _check_shapes(
-        u, A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, mask=mask
-    )
+    check_shapes(
+        u, A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, mask=mask,
+        boundaries=boundaries,
+    )  # fmt: skip
+    refuse_mask_with_boundaries("selective_scan", mask, boundaries)
     out_dtype = u.dtype
     u32, delta = at_least_float32(nn, u), at_least_float32(nn, delta)
     A, B, C = at_least_float32(nn, A), at_least_float32(nn, B), at_least_float32(nn, C)
@@ -114,7 +120,8 @@ def selective_scan(
         dt = delta[:, part, :, None]  # (B, T, D, 1)
         log_a = dt * A  # (B, T, D, N)
         b = dt * u32[:, part, :, None] * B[:, part, None, :]  # (B, T, D, N)
-        states = recurrence(nn, log_a, b, h)  # (B, T, D, N)
+        begins = None if boundaries is None else nn.astype(boundaries[:, part], nn.bool_)
+        states = recurrence(nn, log_a, b, h, begins)  # (B, T, D, N)
         outputs.append((states @ C[:, part, :, None])[..., 0])  # (B, T, D)
         h = states[:, -1]
     y = outputs[0] if len(outputs) == 1 else nn.concat(outputs, axis=1)
@@ -125,7 +132,7 @@ def selective_scan(
     return nn.astype(y, out_dtype), own(nn, h)
 
 
-def _check_shapes(u: Array, A: Array, **others: Array | None) -> None:
+def check_shapes(u: Array, A: Array, **others: Array | None) -> None:
     """Refuse operands that a framework might broadcast without a word."""
     if len(u.shape) != 3 or len(A.shape) != 2:
         raise ValueError(f"selective_scan: u must be (B, L, D) and A (D, N), found {u.shape} and {A.shape}")
@@ -135,15 +142,35 @@ def _check_shapes(u: Array, A: Array, **others: Array | None) -> None:
     expected = {
         "A": (channels, states), "delta": rows, "B": vector, "C": vector, "D": (channels,), "z": rows,
         "delta_bias": (channels,), "initial_state": (batch, channels, states), "mask": (batch, length),
+        "boundaries": (batch, length),
     }  # fmt: skip
     for name, array in {"A": A, **others}.items():
         if array is not None and tuple(array.shape) != expected[name]:
             raise ValueError(f"selective_scan: {name} is {tuple(array.shape)}; expected {expected[name]}")
 
 
-def sequential(nn: Ops, log_a: Array, b: Array, h: Array) -> Array:
-    """One step after another. Shapes as in :data:`Recurrence`."""
+def refuse_mask_with_boundaries(function: str, mask: Array | None, boundaries: Array | None) -> None:
+    """Refuse what would have two meanings: whether a masked position that begins a sequence begins it.
+
+    Raises:
+        ValueError: when both are given.
+    """
+    if mask is not None and boundaries is not None:
+        raise ValueError(
+            f"{function}: found a mask and boundaries; expected one of them. In packed rows, let the padding be a "
+            "sequence of its own, or leave it out"
+        )
+
+
+def _decay(nn: Ops, log_a: Array, begins: Array | None) -> Array:
+    """exp(log_a), and zero where a sequence begins. (B, T, D, N)"""
     a = nn.exp(log_a)
+    return a if begins is None else nn.where(~begins[..., None, None], a, 0.0)
+
+
+def sequential(nn: Ops, log_a: Array, b: Array, h: Array, begins: Array | None = None) -> Array:
+    """One step after another. Shapes as in :data:`Recurrence`."""
+    a = _decay(nn, log_a, begins)
     states = []
     for a_t, b_t in zip(nn.unstack(a, axis=1), nn.unstack(b, axis=1), strict=True):
         h = a_t * h + b_t
@@ -151,9 +178,9 @@ def sequential(nn: Ops, log_a: Array, b: Array, h: Array) -> Array:
     return nn.stack(states, axis=1)
 
 
-def pscan(nn: Ops, log_a: Array, b: Array, h: Array) -> Array:
+def pscan(nn: Ops, log_a: Array, b: Array, h: Array, begins: Array | None = None) -> Array:
     """Work-efficient parallel scan. Shapes as in :data:`Recurrence`."""
-    a = nn.exp(log_a)
+    a = _decay(nn, log_a, begins)
     first = a[:, :1] * h[:, None] + b[:, :1]
     b = nn.concat([first, b[:, 1:]], axis=1) if b.shape[1] > 1 else first
     return _odd_even(nn, a, b)
@@ -175,17 +202,38 @@ def _odd_even(nn: Ops, a: Array, b: Array) -> Array:
     return states if length % 2 == 0 else nn.concat([states, even_states[:, pairs:]], axis=1)
 
 
-def logcumsumexp(nn: Ops, log_a: Array, b: Array, h: Array) -> Array:
-    """Scan by a cumulative sum of exponentials in log space. Shapes as in :data:`Recurrence`."""
+def logcumsumexp(nn: Ops, log_a: Array, b: Array, h: Array, begins: Array | None = None) -> Array:
+    """Scan by a cumulative sum of exponentials in log space. Shapes as in :data:`Recurrence`.
+
+    With boundaries, every step sums over the terms of its own sequence: T terms for each of T steps.
+    """
     tiny = 1e-37  # below it, an input term counts as zero
     total = nn.cumulative_sum(log_a, axis=1)  # log of the decay from before the chunk to step t
 
     def one_sign(b: Array, h: Array) -> Array:
         terms = nn.log(nn.maximum(b, tiny)) - total
         start = nn.log(nn.maximum(h, tiny))[:, None]
-        return nn.exp(total + nn.cumulative_logsumexp(nn.concat([start, terms], axis=1), axis=1)[:, 1:])
+        terms = nn.concat([start, terms], axis=1)  # (B, 1+T, D, N)
+        if begins is None:
+            return nn.exp(total + nn.cumulative_logsumexp(terms, axis=1)[:, 1:])
+        return _sums_by_sequence(nn, total, terms, begins)
 
     return one_sign(b, h) - one_sign(-b, -h)
+
+
+def _sums_by_sequence(nn: Ops, total: Array, terms: Array, begins: Array) -> Array:
+    """exp(total[t] + log of the sum of exp(terms[s])) over the terms s <= t of the sequence that t belongs to.
+
+    total (B,T,D,N), terms (B,1+T,D,N) of which the first is the initial state's, begins (B,T) bool -> (B,T,D,N).
+    """
+    length = total.shape[1]
+    number = nn.cumulative_sum(nn.astype(begins, nn.int64), axis=1)  # (B, T); the initial state belongs to 0
+    of_term = nn.concat([number[:, :1] * 0, number], axis=1)  # (B, 1+T)
+    steps = nn.arange(1 + length, like=total)
+    mine = (of_term[:, None, :] == number[:, :, None]) & (steps[None, None, :] <= steps[None, 1:, None])
+    scores = nn.where(mine[..., None, None], terms[:, None] + total[:, :, None], -float("inf"))  # (B,T,1+T,D,N)
+    peak = nn.stop_gradient(nn.max(scores, axis=2))  # (B, T, D, N)
+    return nn.exp(peak) * nn.sum(nn.exp(scores - peak[:, :, None]), axis=2)
 
 
 ALGORITHMS: dict[str, tuple[Recurrence, int]] = {

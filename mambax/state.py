@@ -9,12 +9,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from mambax.backend import Array, Backend
-from mambax.blocks import LayerState
+from mambax.layer_states import of_fields
 
 State = TypeVar("State", bound="InferenceParams")
 
@@ -43,13 +43,13 @@ class InferenceParams:
     state costs nothing but its memory, and going back to it is exact.
 
     Args:
-        layers: the state of each block.
+        layers: the state of each block, of the kind that its mixer keeps (see :mod:`mambax.layer_states`).
         tokens_seen: (B,) int64, the tokens each row has read; masked positions do not count.
     """
 
     nn: ClassVar[Backend]
 
-    layers: tuple[LayerState, ...]
+    layers: tuple[Any, ...]
     tokens_seen: Array
 
     @property
@@ -68,7 +68,7 @@ class InferenceParams:
         """
         nn = self.nn
         self.layers = tuple(
-            LayerState(*(nn.zeros(tuple(array.shape), array.dtype, like=array) for array in layer))
+            type(layer)(*(nn.zeros(tuple(array.shape), array.dtype, like=array) for array in layer))
             for layer in self.layers
         )
         self.tokens_seen = nn.zeros((self.batch,), nn.int64, like=self.tokens_seen)
@@ -90,13 +90,13 @@ class InferenceParams:
                 f"InferenceParams.select: rows are {wanted}; expected one or more from 0 to {self.batch - 1}"
             )
         index = self.nn.from_numpy(np.asarray(wanted, np.int64), like=self.tokens_seen)
-        layers = tuple(LayerState(*(array[index] for array in layer)) for layer in self.layers)
+        layers = tuple(type(layer)(*(array[index] for array in layer)) for layer in self.layers)
         return type(self)(layers, self.tokens_seen[index])
 
     def detach(self: State) -> State:
         """This state, from which no gradient flows back: for truncated backpropagation through time."""
         stop = self.nn.stop_gradient
-        layers = tuple(LayerState(*map(stop, layer)) for layer in self.layers)
+        layers = tuple(type(layer)(*map(stop, layer)) for layer in self.layers)
         return type(self)(layers, self.tokens_seen)
 
     def where(self: State, rows: Array, other: State) -> State:
@@ -107,7 +107,7 @@ class InferenceParams:
             return nn.where(rows.reshape(-1, *[1] * (len(a.shape) - 1)), a, b)
 
         layers = tuple(
-            LayerState(*map(choose, ours, theirs)) for ours, theirs in zip(self.layers, other.layers, strict=True)
+            type(ours)(*map(choose, ours, theirs)) for ours, theirs in zip(self.layers, other.layers, strict=True)
         )
         return type(self)(layers, choose(self.tokens_seen, other.tokens_seen))
 
@@ -132,8 +132,7 @@ class InferenceParams:
         """Its arrays by the names under which they are saved."""
         named = {"tokens_seen": self.tokens_seen}
         for i, layer in enumerate(self.layers):
-            named[f"layers.{i}.conv_state"] = layer.conv
-            named[f"layers.{i}.ssm_state"] = layer.ssm
+            named |= {f"layers.{i}.{field}_state": getattr(layer, field) for field in layer._fields}
         return named
 
     def get_cache_info(self) -> CacheInfo:
@@ -145,15 +144,23 @@ class InferenceParams:
 
     @classmethod
     def from_arrays(
-        cls: type[State], arrays: Mapping[str, np.ndarray], *, like: Array | None = None, device: str | None = None
+        cls: type[State],
+        arrays: Mapping[str, np.ndarray],
+        count: int,
+        *,
+        like: Array | None = None,
+        device: str | None = None,
     ) -> State:
-        """The state of NumPy arrays under the names of :meth:`arrays`, on the device of ``like`` or ``device``."""
+        """The state of ``count`` blocks from NumPy arrays under the names of :meth:`arrays`.
+
+        They go to the device of ``like``, or to ``device``.
+        """
         moved = {name: cls.nn.from_numpy(array, like=like, device=device) for name, array in arrays.items()}
-        layers = tuple(
-            LayerState(moved[f"layers.{i}.conv_state"], moved[f"layers.{i}.ssm_state"])
-            for i in range((len(moved) - 1) // 2)
-        )
-        return cls(layers, moved["tokens_seen"])
+        seen, fields = moved.pop("tokens_seen"), [dict[str, Array]() for _ in range(count)]
+        for name, array in moved.items():
+            _, number, field = name.split(".")
+            fields[int(number)][field.removesuffix("_state")] = array
+        return cls(tuple(map(of_fields, fields)), seen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write this state to a file that every backend reads; the file appears complete or not at all.
@@ -164,9 +171,8 @@ class InferenceParams:
         """
         from mambax.checkpoint.state_files import write_state
 
-        write_state(
-            Path(path).expanduser(), {name: self.nn.to_numpy(array) for name, array in self.arrays().items()}
-        )
+        arrays = {name: self.nn.to_numpy(array) for name, array in self.arrays().items()}
+        write_state(Path(path).expanduser(), arrays, len(self.layers))
 
     @classmethod
     def load(
@@ -195,4 +201,5 @@ class InferenceParams:
         bound = cls.nn.name if cls is not InferenceParams else default_backend()
         nn = get_backend(backend or bound)
         state_cls = cast("type[InferenceParams]", nn.InferenceParams)
-        return state_cls.from_arrays(read_state(Path(path).expanduser()), device=device or nn.devices()[0])
+        arrays, count = read_state(Path(path).expanduser())
+        return state_cls.from_arrays(arrays, count, device=device or nn.devices()[0])

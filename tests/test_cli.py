@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from vocabularies import EOS, byte_level
 
 import mambax
+from mambax.checkpoint.layouts import Description
 from mambax.cli import app, terminal
 from mambax.cli.doctor import Check, checks
 from mambax.cli.info import state_bytes
@@ -272,9 +273,9 @@ def test_info(checkpoint: Path, model: Any) -> None:
     assert (rows["family"], rows["d_model"], rows["n_layer"]) == ("Mamba-1", "16", "2")
     assert rows["weights"].startswith("model.safetensors, float32")
     assert EOS in rows["tokenizer"]
-    assert state_bytes(model.config, "float32") == model.init_state().get_cache_info().bytes
+    assert state_bytes(Description(model.config), "float32") == model.init_state().get_cache_info().bytes
     narrow = mambax.load(checkpoint, backend="numpy", dtype="bfloat16")
-    assert state_bytes(model.config, "bfloat16") == narrow.init_state().get_cache_info().bytes
+    assert state_bytes(Description(model.config), "bfloat16") == narrow.init_state().get_cache_info().bytes
     held = sum(array.nbytes for array in narrow.nn.parameters(narrow).values())
     assert rows["size in bfloat16"] == terminal.size(held)
 

@@ -36,7 +36,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
 
-def scan_values(batch: int, length: int, channels: int, n: int, seed: int = 0) -> dict[str, np.ndarray]:
+def scan_values(batch: int, length: int, channels: int, n: int, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     return {
         "u": normal(rng, batch, length, channels),
@@ -51,7 +51,7 @@ def scan_values(batch: int, length: int, channels: int, n: int, seed: int = 0) -
     }
 
 
-def conv_values(batch: int, length: int, channels: int, width: int, seed: int = 0) -> dict[str, np.ndarray]:
+def conv_values(batch: int, length: int, channels: int, width: int, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     return {
         "x": normal(rng, batch, length, channels),

@@ -41,21 +41,21 @@ def results(**options: Any) -> tuple[list[Any], dict[str, Any]]:
 @TORCH
 def test_torch_finds_nothing_wrong_with_the_operators():
     import torch
-    from mambax_torch import cpu_ops
+    from mambax_torch import conv_ops, cpu_ops
 
-    assert cpu_ops.selective_scan is not None  # importing it is what registers the operators
+    assert cpu_ops.selective_scan is not conv_ops.causal_conv1d  # importing them is what registers the operators
     values = tensors(SCAN_VALUES, requires_grad=True)
     mask = torch.ones(2, 37, dtype=torch.bool)
     u, delta, A, B, C, D, z, bias, state = (values[name] for name in NAMES)
     operator = torch.ops.mambax.cpu_selective_scan.default
-    torch.library.opcheck(operator, (u, delta, A, B, C, D, z, bias, True, state, mask, True))
+    torch.library.opcheck(operator, (u, delta, A, B, C, D, z, bias, True, state, mask, None, True))
     plain = (x.detach() for x in (u, delta, A, B, C))
-    torch.library.opcheck(operator, (*plain, None, None, None, True, None, None, False))
+    torch.library.opcheck(operator, (*plain, None, None, None, True, None, None, mask, False))
     values = tensors(CONV_VALUES, requires_grad=True)
     x, weight, bias, state = (values[name] for name in ("x", "weight", "bias", "initial_state"))
     operator = torch.ops.mambax.cpu_causal_conv1d.default
-    torch.library.opcheck(operator, (x, weight, bias, state, "silu"))
-    torch.library.opcheck(operator, (x, weight, None, None, None))
+    torch.library.opcheck(operator, (x, weight, bias, state, mask, None, "silu"))
+    torch.library.opcheck(operator, (x, weight, None, None, None, mask, None))
 
 
 @TORCH

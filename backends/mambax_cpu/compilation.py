@@ -43,6 +43,11 @@ def inlined(function: Callable[..., Any]) -> Any:
     return numba.njit(**options)(function)
 
 
+def spliced(function: Callable[..., Any]) -> Any:
+    """A function whose code replaces the call before anything is compiled: for one that is called in one place."""
+    return numba.njit(inline="always")(function)
+
+
 def intrinsic(function: Callable[..., Any]) -> Any:
     """A function that types its arguments and returns what emits its instructions."""
     return numba.extending.intrinsic(function)

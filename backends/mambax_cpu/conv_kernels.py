@@ -4,13 +4,28 @@ The forward kernel takes rows of time: it reads the inputs in the order in which
 kernel takes sixteen channels through the sequence in tiles, because their gradients of weight and bias are sums
 over time; the gradient before the activation is computed for a tile, and that of the inputs K-1 steps behind it.
 
+An input is named by its step, and one of the initial state by a negative number, -1 the last. Steps that a mask
+leaves out are passed over; at a step that begins a sequence, whatever came before counts as zero.
+
 Dimensions: B batch, L length, D channels, K width of the convolution.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 from mambax_cpu.compilation import inlined, kernel, part
-from mambax_cpu.memory import at, load_columns, load_some, load_vector, store_columns, store_some, zero
+from mambax_cpu.memory import (
+    at,
+    begins,
+    exists,
+    load_columns,
+    load_some,
+    load_vector,
+    store_columns,
+    store_some,
+    zero,
+)
 from mambax_cpu.simd import (
     WIDTH,
     integers_at,
@@ -27,33 +42,50 @@ TILE = 64
 
 # Rows of the operand table (see operands.py); W is the weight as (D, K). Then, for the backward the
 # gradients given and those to write: of the weight (B, D, K) and the bias (B, D) one share per row of the batch.
-X, W, BIAS, INITIAL, Y = range(5)
-DY, DX, DW, DBIAS, DINITIAL = range(5, 10)
+X, W, BIAS, INITIAL, FLAGS, Y = range(6)
+DY, DX, DW, DBIAS, DINITIAL = range(6, 11)
+
+
+def _vectors(integers: int) -> int:
+    """How many vectors of float32 hold that many int64."""
+    return -(-2 * integers // WIDTH)
 
 
 def forward_scratch(channels: int, width: int) -> int:
     """float32 values that a thread of the forward kernel needs for D and K."""
-    return WIDTH * (-(-channels // WIDTH) * width + 1)
+    return WIDTH * (-(-channels // WIDTH) * width + 1 + _vectors(width))
 
 
 def backward_scratch(width: int) -> int:
     """float32 values that a thread of the backward kernel needs for K."""
-    return WIDTH * (TILE + 3 * width + 1)
+    return WIDTH * (TILE + 4 * width + 1 + 2 * _vectors(TILE + 2 * width))
 
 
 @inlined
-def _input(views, row, step, past, channel, lanes, spare):  # pragma: no cover
-    """Sixteen channels of the input at a step, which lies in the initial state where it is negative."""
-    if step >= 0:
-        return load_some(at(views, X, row, step), channel, lanes, spare)
-    if views[3 * INITIAL] == 0:
+def _input(views, row, source, past, channel, lanes, spare):  # pragma: no cover
+    """Sixteen channels of an input; zero below -past."""
+    if source >= 0:
+        return load_some(at(views, X, row, source), channel, lanes, spare)
+    if source < -past or views[3 * INITIAL] == 0:
         return splat(0.0)
-    return load_some(at(views, INITIAL, row, past + step), channel, lanes, spare)
+    return load_some(at(views, INITIAL, row, past + source), channel, lanes, spare)
+
+
+@part
+def _find_sources(views, row, step, width, sources):  # pragma: no cover
+    """The inputs of the output at a step, one for each k; -width for one that counts as zero."""
+    source, over = step, False
+    for k in range(width - 1, -1, -1):
+        sources[k] = -width if over else source
+        over = over or (source >= 0 and begins(views, FLAGS, row, source))
+        source -= 1
+        while source >= 0 and not exists(views, FLAGS, row, source):
+            source -= 1
 
 
 @kernel
 def forward(table, length, channels, width, silu, first, last, scratch):  # pragma: no cover
-    """Rows of time `first` to `last` - 1, of B * L.
+    """Rows of time `first` to `last` - 1, of B * L. Zero where a position does not exist.
 
     Args:
         table: the operand table up to Y.
@@ -61,89 +93,125 @@ def forward(table, length, channels, width, silu, first, last, scratch):  # prag
         silu: whether the output goes through SiLU.
         scratch: float32, of :func:`forward_scratch`.
     """
-    views = integers_at(table.ctypes.data)
-    spare, weights = pointer(scratch.ctypes.data), pointer(scratch.ctypes.data + 4 * WIDTH)
+    views, size = integers_at(table.ctypes.data), 4 * WIDTH
     blocks = (channels + WIDTH - 1) // WIDTH
+    spare, weights = pointer(scratch.ctypes.data), pointer(scratch.ctypes.data + size)
+    sources = integers_at(scratch.ctypes.data + size * (1 + blocks * width))
     for block in range(blocks):
         lanes = min(WIDTH, channels - block * WIDTH)
-        columns = pointer(scratch.ctypes.data + 4 * WIDTH * (1 + block * width))
+        columns = pointer(scratch.ctypes.data + size * (1 + block * width))
         load_columns(at(views, W, block * WIDTH, 0), views[3 * W + 1], lanes, width, columns, 1.0)
     for place in range(first, last):
         row, step = place // length, place % length
+        real = exists(views, FLAGS, row, step)
+        if real:
+            _find_sources(views, row, step, width, sources)
         for block in range(blocks):
             channel = block * WIDTH
             lanes = min(WIDTH, channels - channel)
-            value = load_vector(views, BIAS, channel, lanes, spare)
-            for k in range(width):
-                x = _input(views, row, step - (width - 1) + k, width - 1, channel, lanes, spare)
-                value = value + x * load(weights, (block * width + k) * WIDTH)
-            if silu:
-                value = value * sigmoid(value)
+            value = splat(0.0)
+            if real:
+                value = load_vector(views, BIAS, channel, lanes, spare)
+                for k in range(width):
+                    x = _input(views, row, sources[k], width - 1, channel, lanes, spare)
+                    value = value + x * load(weights, (block * width + k) * WIDTH)
+                if silu:
+                    value = value * sigmoid(value)
             store_some(at(views, Y, row, step), channel, lanes, value, spare)
+
+
+# What the backward kernel works on. The window is the last K-1 inputs of the tile before, then those of a tile;
+# each has the gradient before the activation of the output at its step (`inner`), the step, and the number of its
+# sequence.
+Window = namedtuple("Window", "weights dweights inner steps numbers spare")
 
 
 @kernel
 def backward(table, length, channels, width, silu, first, last, scratch):  # pragma: no cover
     """Tasks `first` to `last` - 1 of the gradient, of B * ceil(D / 16). Arguments as of :func:`forward`."""
     views, base, size = integers_at(table.ctypes.data), scratch.ctypes.data, 4 * WIDTH
-    weights, dweights = pointer(base), pointer(base + size * width)
-    inner = pointer(base + size * 2 * width)  # before the activation: the last K-1 of the tile before, then a tile
-    spare = pointer(base + size * (3 * width + TILE))
+    integers = base + size * (4 * width + 1 + TILE)
+    w = Window(
+        pointer(base),
+        pointer(base + size * width),
+        pointer(base + size * (2 * width + 1)),
+        integers_at(integers),
+        integers_at(integers + 8 * (TILE + 2 * width)),
+        pointer(base + size * 2 * width),
+    )
     past = width - 1
     blocks = (channels + WIDTH - 1) // WIDTH
     for task in range(first, last):
         row, channel = task // blocks, task % blocks * WIDTH
         lanes = min(WIDTH, channels - channel)
-        load_columns(at(views, W, channel, 0), views[3 * W + 1], lanes, width, weights, 1.0)
-        zero(dweights, width)
-        zero(inner, past)
-        dbias = splat(0.0)
-        for start in range(0, length, TILE):
-            steps = min(TILE, length - start)
-            for t in range(steps):
-                prefetch(at(views, X, row, start + t + TILE), channel)
-                prefetch(at(views, DY, row, start + t + TILE), channel)
-                value = _inner(views, silu, row, start + t, width, channel, lanes, weights, dweights, spare)
-                store(inner, (past + t) * WIDTH, value)
-                dbias = dbias + value
-            _to_inputs(views, row, start - past, steps, width, channel, lanes, weights, inner, spare)
+        load_columns(at(views, W, channel, 0), views[3 * W + 1], lanes, width, w.weights, 1.0)
+        zero(w.dweights, width)
+        zero(w.inner, past)
+        for k in range(past):
+            w.steps[k], w.numbers[k] = k - past, 0
+        number, dbias, step = 0, splat(0.0), 0
+        while step < length:
+            count = past
+            while step < length and count < past + TILE:
+                prefetch(at(views, X, row, step + TILE), channel)
+                prefetch(at(views, DY, row, step + TILE), channel)
+                if exists(views, FLAGS, row, step):
+                    number += 1 if begins(views, FLAGS, row, step) else 0
+                    w.steps[count], w.numbers[count] = step, number
+                    value = _inner(views, silu, row, count - past, width, channel, lanes, w)
+                    store(w.inner, count * WIDTH, value)
+                    dbias = dbias + value
+                    count += 1
+                else:
+                    store_some(at(views, DX, row, step), channel, lanes, splat(0.0), w.spare)
+                step += 1
+            _to_inputs(views, row, count - past, width, channel, lanes, w)
             for k in range(past):
-                store(inner, k * WIDTH, load(inner, (steps + k) * WIDTH))
-        zero(pointer(base + size * (2 * width + past)), past)
-        _to_inputs(views, row, length - past, past, width, channel, lanes, weights, inner, spare)
-        store_columns(dweights, width, lanes, at(views, DW, row, channel), views[3 * DW + 2])
-        store_some(pointer(views[3 * DBIAS] + 4 * row * views[3 * DBIAS + 1]), channel, lanes, dbias, spare)
+                i = count - past + k
+                store(w.inner, k * WIDTH, load(w.inner, i * WIDTH))
+                w.steps[k], w.numbers[k] = w.steps[i], w.numbers[i]
+        for k in range(past, 2 * past):
+            store(w.inner, k * WIDTH, splat(0.0))
+            w.numbers[k] = number
+        _to_inputs(views, row, past, width, channel, lanes, w)
+        store_columns(w.dweights, width, lanes, at(views, DW, row, channel), views[3 * DW + 2])
+        store_some(pointer(views[3 * DBIAS] + 4 * row * views[3 * DBIAS + 1]), channel, lanes, dbias, w.spare)
 
 
 @part
-def _inner(views, silu, row, step, width, channel, lanes, weights, dweights, spare):  # pragma: no cover
-    """The gradient before the activation at a step; adds its share to that of the weight."""
+def _inner(views, silu, row, first, width, channel, lanes, w):  # pragma: no cover
+    """The gradient before the activation of the output whose inputs are `first` to `first` + K-1 of the window.
+
+    Adds its share to that of the weight.
+    """
     past = width - 1
-    value = load_some(at(views, DY, row, step), channel, lanes, spare)
+    step, number = w.steps[first + past], w.numbers[first + past]
+    value = load_some(at(views, DY, row, step), channel, lanes, w.spare)
     if silu:
-        before = load_vector(views, BIAS, channel, lanes, spare)
+        before = load_vector(views, BIAS, channel, lanes, w.spare)
         for k in range(width):
-            x = _input(views, row, step - past + k, past, channel, lanes, spare)
-            before = before + x * load(weights, k * WIDTH)
+            if w.numbers[first + k] == number:
+                x = _input(views, row, w.steps[first + k], past, channel, lanes, w.spare)
+                before = before + x * load(w.weights, k * WIDTH)
         s = sigmoid(before)
         value = value * (s + before * s * (splat(1.0) - s))
     for k in range(width):
-        x = _input(views, row, step - past + k, past, channel, lanes, spare)
-        store(dweights, k * WIDTH, load(dweights, k * WIDTH) + value * x)
+        if w.numbers[first + k] == number:
+            x = _input(views, row, w.steps[first + k], past, channel, lanes, w.spare)
+            store(w.dweights, k * WIDTH, load(w.dweights, k * WIDTH) + value * x)
     return value
 
 
 @part
-def _to_inputs(views, row, first, steps, width, channel, lanes, weights, inner, spare):  # pragma: no cover
-    """The gradient of the inputs `first` to `first` + steps - 1; inner[0] is that of the output at `first`.
-
-    Negative inputs are the initial state's.
-    """
-    for t in range(steps):
+def _to_inputs(views, row, count, width, channel, lanes, w):  # pragma: no cover
+    """The gradients of the first `count` inputs of the window, from those of the outputs that they reach."""
+    for i in range(count):
         value = splat(0.0)
         for k in range(width):
-            value = value + load(inner, (t + k) * WIDTH) * load(weights, (width - 1 - k) * WIDTH)
-        if first + t >= 0:
-            store_some(at(views, DX, row, first + t), channel, lanes, value, spare)
+            if w.numbers[i + k] == w.numbers[i]:
+                value = value + load(w.inner, (i + k) * WIDTH) * load(w.weights, (width - 1 - k) * WIDTH)
+        step = w.steps[i]
+        if step >= 0:
+            store_some(at(views, DX, row, step), channel, lanes, value, w.spare)
         elif views[3 * DINITIAL] != 0:
-            store_some(at(views, DINITIAL, row, width - 1 + first + t), channel, lanes, value, spare)
+            store_some(at(views, DINITIAL, row, width - 1 + step), channel, lanes, value, w.spare)

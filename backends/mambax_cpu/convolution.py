@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mambax_cpu import conv_kernels as kernel
-from mambax_cpu.operands import check_shape, kernel_ready, refuse_float64, room, table
+from mambax_cpu.operands import check_shape, flags, kernel_ready, refuse_float64, room, table
 from mambax_cpu.simd import WIDTH
 from mambax_cpu.threads import default_threads, run
 
@@ -26,12 +26,17 @@ class Arguments(NamedTuple):
     bias: np.ndarray | None  # (D,)
     initial_state: np.ndarray | None  # (B, K-1, D)
     silu: bool
+    flags: np.ndarray | None  # (B, L) uint8, of mask or boundaries
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """B, L, D, K."""
         batch, length, channels = self.x.shape
         return batch, length, channels, self.weight.shape[1]
+
+    def rows(self) -> list[np.ndarray | None]:
+        """The operands that both kernels share, in the order of their tables."""
+        return [self.x, self.weight, self.bias, self.initial_state, self.flags]
 
 
 class Gradients(NamedTuple):
@@ -49,12 +54,15 @@ def arguments(
     bias: np.ndarray | None = None,
     *,
     initial_state: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    boundaries: np.ndarray | None = None,
     activation: str | None = "silu",
 ) -> Arguments:
-    """The arguments of :func:`mambax.convolution.causal_conv1d` (those without a mask), checked and ready.
+    """The arguments of :func:`mambax.convolution.causal_conv1d`, checked and ready.
 
     Raises:
-        ValueError: for a shape that does not fit, another activation, and float64, which the kernels would round.
+        ValueError: for a shape that does not fit, another activation, a mask together with boundaries, and float64,
+            which the kernels would round.
     """
     if activation not in ("silu", None):
         raise ValueError(f"causal_conv1d: activation is {activation!r}; expected 'silu' or None")
@@ -62,11 +70,13 @@ def arguments(
         raise ValueError(
             f"causal_conv1d: x must be (B, L, D) and weight (D, 1, K), found {x.shape}, {weight.shape}"
         )
-    batch, _, channels = x.shape
+    batch, length, channels = x.shape
     width = weight.shape[2]
     check_shape("causal_conv1d", "weight", weight, (channels, 1, width))
     check_shape("causal_conv1d", "bias", bias, (channels,))
     check_shape("causal_conv1d", "initial_state", initial_state, (batch, width - 1, channels))
+    check_shape("causal_conv1d", "mask", mask, (batch, length))
+    check_shape("causal_conv1d", "boundaries", boundaries, (batch, length))
     refuse_float64("causal_conv1d", x)
     return Arguments(
         x=kernel_ready(x),
@@ -74,6 +84,7 @@ def arguments(
         bias=kernel_ready(bias),
         initial_state=kernel_ready(initial_state),
         silu=activation == "silu",
+        flags=kernel_ready(flags("causal_conv1d", mask, boundaries)),
     )
 
 
@@ -86,7 +97,7 @@ def forward(given: Arguments, *, threads: int | None = None) -> np.ndarray:
     """
     batch, length, channels, width = given.sizes
     y = room(batch, length, channels)
-    views = table([given.x, given.weight, given.bias, given.initial_state, y])
+    views = table([*given.rows(), y])
 
     def work(first: int, last: int) -> None:
         scratch = room(kernel.forward_scratch(channels, width))
@@ -111,7 +122,7 @@ def backward(given: Arguments, dy: np.ndarray, *, threads: int | None = None) ->
     dweight = room(batch, channels, width)
     dbias = room(batch, channels)
     dinitial = None if given.initial_state is None else room(batch, width - 1, channels)
-    views = table([given.x, given.weight, given.bias, given.initial_state, None, dy, dx, dweight, dbias, dinitial])
+    views = table([*given.rows(), None, dy, dx, dweight, dbias, dinitial])
 
     def work(first: int, last: int) -> None:
         scratch = room(kernel.backward_scratch(width))
@@ -122,14 +133,32 @@ def backward(given: Arguments, dy: np.ndarray, *, threads: int | None = None) ->
         return Gradients(dx, dweight.sum(0)[:, None], None if given.bias is None else dbias.sum(0), dinitial)
 
 
-def last_inputs(x: np.ndarray, initial_state: np.ndarray | None, count: int) -> np.ndarray:
-    """The last `count` (K-1) inputs, (B, count, D): the state after x, in the dtype of x."""
+def last_inputs(
+    x: np.ndarray,
+    initial_state: np.ndarray | None,
+    count: int,
+    mask: np.ndarray | None = None,
+    boundaries: np.ndarray | None = None,
+) -> np.ndarray:
+    """The last `count` (K-1) inputs that exist, (B, count, D): the state after x, in the dtype of x."""
     batch, length, channels = x.shape
-    if length >= count:
-        return x[:, length - count :].copy()
-    if initial_state is None:
-        initial_state = np.zeros((batch, count, channels), x.dtype)
-    return np.concatenate([initial_state[:, length:].astype(x.dtype, copy=False), x], axis=1)
+    if mask is None and length >= count:
+        last = x[:, length - count :].copy()
+    else:
+        if initial_state is None:
+            initial_state = np.zeros((batch, count, channels), x.dtype)
+        before = initial_state.astype(x.dtype, copy=False)
+        if mask is None:
+            last = np.concatenate([before[:, length:], x], axis=1)
+        else:
+            real = [np.flatnonzero(row)[max(0, row.sum() - count) :] for row in np.asarray(mask, np.bool_)]
+            rows = [np.concatenate([before[b, len(i) :], x[b, i]]) for b, i in enumerate(real)]
+            last = np.stack(rows) if rows else np.empty((0, count, channels), x.dtype)
+    if boundaries is not None and length:
+        back = np.asarray(boundaries, np.bool_)[:, ::-1]
+        kept = np.where(back.any(1), back.argmax(1) + 1, length + count)  # inputs since the last beginning
+        last[np.arange(count)[::-1] >= kept[:, None]] = 0
+    return last
 
 
 def causal_conv1d(
@@ -138,15 +167,20 @@ def causal_conv1d(
     bias: np.ndarray | None = None,
     *,
     initial_state: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    boundaries: np.ndarray | None = None,
     activation: str | None = "silu",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`mambax.convolution.causal_conv1d` without a mask, over NumPy arrays of float32 or narrower.
+    """:func:`mambax.convolution.causal_conv1d` over NumPy arrays of float32 or narrower.
 
     Raises:
-        ValueError: for a shape that does not fit, another activation, and float64.
+        ValueError: for a shape that does not fit, another activation, a mask together with boundaries, and float64.
     """
-    given = arguments(x, weight, bias, initial_state=initial_state, activation=activation)
-    return forward(given).astype(x.dtype, copy=False), last_inputs(x, initial_state, weight.shape[2] - 1)
+    given = arguments(
+        x, weight, bias, initial_state=initial_state, mask=mask, boundaries=boundaries, activation=activation
+    )
+    final = last_inputs(x, initial_state, weight.shape[2] - 1, mask, boundaries)
+    return forward(given).astype(x.dtype, copy=False), final
 
 
 def _threads(given: Arguments, threads: int | None) -> int:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mambax.quantization import BLOCK, Quantized
+from mambax.quantization import Quantized
 from mambax_cpu import linear_kernels as kernels
+from mambax_cpu import phase_table as field
+from mambax_cpu.chain import KERNELS, Weights, perform, prepared_size, product_phase, table_of
 from mambax_cpu.linear_tiles import GROUP
 from mambax_cpu.operands import check_shape, refuse_float64
 from mambax_cpu.threads import default_threads, run
@@ -31,38 +33,10 @@ that of PyTorch up to 8 rows, as long at 16 to 24; in float16, for which PyTorch
 _SMALL = 1 << 20
 """Bytes of weights, once for each eight rows of x, below which waking another thread costs more than it saves."""
 
-_TILE = 4
-"""Rows of weights that the kernels take together."""
-
 _CHUNK = 1 << 20
 """Weights that are made float32 together: they are multiplied while they are in cache."""
 
 
-class Weights(NamedTuple):
-    """A matrix (out, in) as the kernels take it. It keeps no array alive: make one per call, or keep the array too.
-
-    Attributes:
-        kind: "float32", "bfloat16", "float16", "int8" or "int4".
-        outputs, inputs: its size.
-        address: of the first row; rows follow one another.
-        scales: the address of what goes with "int8" and "int4" (see :mod:`mambax.quantization`), else 0.
-        shift: log2 of the size of a group of "int4" divided by 32.
-    """
-
-    kind: str
-    outputs: int
-    inputs: int
-    address: int
-    scales: int = 0
-    shift: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the weights alone."""
-        return self.outputs * int(self.inputs * _BYTES[self.kind])
-
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
 _FLOATS = {
     np.dtype(np.float32): "float32",
     np.dtype(np.float16): "float16",
@@ -86,27 +60,17 @@ def product(weights: Weights, x: int, rows: int, out: int, bias: int = 0, *, thr
         bias: address of (out,), or 0.
         threads: how many may work; as many as :func:`mambax_cpu.threads.default_threads` says when None.
     """
-    kind, outputs, inputs, address, scales, shift = weights
-    if kind == "int4":
-        scratch = np.empty(kernels.scratch_size(rows, -(-inputs // BLOCK)), np.float32)
-        prepared = address_of(scratch)
-        kernels.prepare_int4(x, rows, inputs, prepared)
-
-        def work(first: int, last: int) -> None:
-            end = min(_TILE * last, outputs)
-            kernels.int4(address, scales, shift, inputs, prepared, rows, out, outputs, bias, _TILE * first, end)
-    else:
-        kernel = _PRODUCTS[kind]
-
-        def work(first: int, last: int) -> None:
-            end = min(_TILE * last, outputs)
-            kernel(address, inputs, x, rows, out, outputs, scales, bias, _TILE * first, end)
-
-    blocks = -(-outputs // _TILE)
+    if rows * weights.outputs == 0:
+        return
+    scratch = np.empty(prepared_size(weights, rows), np.float32)
+    phase = product_phase(weights, rows, x, out)
+    phase[field.WIDE_BIAS], phase[field.PREPARED] = bias, address_of(scratch)
     if weights.nbytes * (1 + rows // 8) < _SMALL:
-        work(0, blocks)
-    else:
-        run(work, blocks, default_threads() if threads is None else threads)
+        threads = 1
+    elif threads is None:
+        threads = default_threads()
+    narrow = weights.kind if weights.kind in _FLOATS.values() else "float32"
+    perform(KERNELS[weights.kind, narrow], table_of([phase]), threads, 0)
 
 
 def widen(weights: Weights, out: int, first: int, last: int, *, threads: int | None = None) -> None:
@@ -222,12 +186,6 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     return array if flags.c_contiguous and flags.aligned else np.array(array, order="C")
 
 
-_PRODUCTS: dict[str, Callable[..., Any]] = {
-    "float32": kernels.float32,
-    "bfloat16": kernels.bfloat16,
-    "float16": kernels.float16,
-    "int8": kernels.int8,
-}
 _WIDENED: dict[str, Callable[..., Any]] = {
     "bfloat16": kernels.widen_bfloat16,
     "float16": kernels.widen_float16,

@@ -73,13 +73,15 @@ class Emitter:
         align = ir.Constant(LANE, stored.size)
         return self.builder.call(function, [self.address(base, index, vector), align, present, zeros])
 
-    def store_some(self, value: Any, base: Any, index: Any, present: Any) -> None:
+    def store_some(
+        self, value: Any, base: Any, index: Any, present: Any, stored: Stored = STORED[types.float32]
+    ) -> None:
         """The lanes that are present to base[index] and on; nothing else is written."""
-        kind = ir.FunctionType(ir.VoidType(), [FLOATS, FLOATS.as_pointer(), LANE, present.type])
-        name = f"v{WIDTH}f32"
+        vector, name = stored.vector, f"v{WIDTH}{stored.name}"
+        kind = ir.FunctionType(ir.VoidType(), [vector, vector.as_pointer(), LANE, present.type])
         function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.masked.store.{name}.p0{name}")
-        address = self.address(base, index, FLOATS)
-        self.builder.call(function, [value, address, ir.Constant(LANE, 4), present])
+        align = ir.Constant(LANE, stored.size)
+        self.builder.call(function, [value, self.address(base, index, vector), align, present])
 
     def present(self, count: Any) -> Any:
         """Which lanes are below a count (int64)."""
@@ -149,6 +151,37 @@ class Emitter:
         finite = b.icmp_unsigned("<", magnitude, self.bits(0x7C00))
         wide = b.select(finite, wide, b.or_(wide, self.bits(0x7F800000)))
         return self.as_floats(b.or_(wide, b.shl(b.and_(bits, self.bits(0x8000)), self.bits(16))))
+
+    def narrowed(self, value: Any, element: Any) -> Any:
+        """Sixteen float32 as they are stored: rounded to the nearest, to even between two; NaN stays NaN."""
+        if element == types.float32:
+            return value
+        bits = self._to_bfloat16(value) if element == types.int16 else self._to_float16(value)
+        return self.builder.trunc(bits, STORED[element].vector)
+
+    def _to_bfloat16(self, value: Any) -> Any:
+        b = self.builder
+        bits = b.bitcast(value, INTEGERS)
+        upper = b.lshr(bits, self.bits(16))
+        odd = b.and_(upper, self.bits(1))
+        rounded = b.lshr(b.add(bits, b.add(odd, self.bits(0x7FFF))), self.bits(16))
+        return b.select(b.fcmp_unordered("uno", value, value), b.or_(upper, self.bits(0x40)), rounded)
+
+    def _to_float16(self, value: Any) -> Any:
+        b = self.builder
+        bits = b.bitcast(value, INTEGERS)
+        magnitude = b.and_(bits, self.bits(0x7FFFFFFF))
+        odd = b.and_(b.lshr(magnitude, self.bits(13)), self.bits(1))
+        moved = b.sub(b.add(magnitude, b.add(odd, self.bits(0xFFF))), self.bits(112 << 23))  # its bias is 15
+        normal = b.lshr(moved, self.bits(13))
+        # Below 2^-14 all values have the same last place, 2^-24: that of float32 from 0.5 on.
+        half = ir.Constant(FLOATS, [0.5] * WIDTH)
+        small = b.sub(b.bitcast(b.fadd(self.as_floats(magnitude), half), INTEGERS), b.bitcast(half, INTEGERS))
+        result = b.select(b.icmp_unsigned("<", magnitude, self.bits(113 << 23)), small, normal)
+        infinite = b.icmp_unsigned(">=", magnitude, self.bits(0x477FF000))  # 65520, half way to the next
+        result = b.select(infinite, self.bits(0x7C00), result)
+        result = b.select(b.icmp_unsigned(">", magnitude, self.bits(0x7F800000)), self.bits(0x7E00), result)
+        return b.or_(result, b.lshr(b.and_(bits, self.bits(0x80000000)), self.bits(16)))
 
     def bfloat16(self, bits: Any) -> Any:
         """A bfloat16, of which the bits are given, as float32 in every lane."""

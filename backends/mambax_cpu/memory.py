@@ -31,11 +31,20 @@ def at(typing_context, views, which, row, step):
 
 
 @inlined
+def _flags(views, which, row, step):  # pragma: no cover
+    return bytes_at(views[3 * which])[row * views[3 * which + 1] + step * views[3 * which + 2]]
+
+
+@inlined
 def exists(views, which, row, step):  # pragma: no cover
-    """Whether a mask (B, L) lets this position exist; True where there is no mask."""
-    if views[3 * which] == 0:
-        return True
-    return bytes_at(views[3 * which])[row * views[3 * which + 1] + step * views[3 * which + 2]] != 0
+    """Whether the flags (B, L) of :func:`mambax_cpu.operands.flags` let this position exist; so without flags."""
+    return views[3 * which] == 0 or _flags(views, which, row, step) & 1 != 0
+
+
+@inlined
+def begins(views, which, row, step):  # pragma: no cover
+    """Whether a sequence begins at this position, by the same flags."""
+    return views[3 * which] != 0 and _flags(views, which, row, step) & 2 != 0
 
 
 @part

@@ -13,6 +13,8 @@ from typing import overload
 
 import numpy as np
 
+from mambax.scan import refuse_mask_with_boundaries
+
 
 def room(*shape: int) -> np.ndarray:
     """Memory for float32 values that a kernel will write."""
@@ -24,13 +26,13 @@ def kernel_ready(array: np.ndarray) -> np.ndarray: ...
 @overload
 def kernel_ready(array: None) -> None: ...
 def kernel_ready(array: np.ndarray | None) -> np.ndarray | None:
-    """The array in float32 (bool if it is bool) with a contiguous last axis; a copy only where it has to be.
+    """The array in float32 (uint8 if it is that) with a contiguous last axis; a copy only where it has to be.
 
     float16, bfloat16 and values that are not aligned are converted here, at the edge.
     """
     if array is None:
         return None
-    dtype = np.bool_ if array.dtype == np.bool_ else np.float32
+    dtype = np.uint8 if array.dtype == np.uint8 else np.float32
     if array.dtype != dtype:
         return array.astype(dtype, order="C")
     size = array.itemsize
@@ -40,6 +42,18 @@ def kernel_ready(array: np.ndarray | None) -> np.ndarray | None:
     if flags.aligned and array.strides[-1] == size and not any(stride % size for stride in array.strides):
         return array
     return np.array(array, order="C")
+
+
+def flags(function: str, mask: np.ndarray | None, boundaries: np.ndarray | None) -> np.ndarray | None:
+    """(B, L) uint8 for a kernel: 1 where a position exists, 2 more where a sequence begins. None without either.
+
+    Raises:
+        ValueError: for a mask together with boundaries.
+    """
+    refuse_mask_with_boundaries(function, mask, boundaries)
+    if boundaries is not None:
+        return np.where(np.asarray(boundaries, np.bool_), np.uint8(3), np.uint8(1))
+    return None if mask is None else np.asarray(mask, np.bool_).view(np.uint8)
 
 
 def check_shape(function: str, name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mambax_cpu import scan_backward as gradient
 from mambax_cpu import scan_forward as kernel
-from mambax_cpu.operands import check_shape, kernel_ready, refuse_float64, room, table
+from mambax_cpu.operands import check_shape, flags, kernel_ready, refuse_float64, room, table
 from mambax_cpu.simd import WIDTH
 from mambax_cpu.threads import default_threads, run
 
@@ -32,7 +32,7 @@ class Arguments(NamedTuple):
     delta_bias: np.ndarray | None  # (D,)
     delta_softplus: bool
     initial_state: np.ndarray | None  # (B, D, N)
-    mask: np.ndarray | None  # (B, L) bool
+    flags: np.ndarray | None  # (B, L) uint8, of mask or boundaries
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -42,7 +42,7 @@ class Arguments(NamedTuple):
 
     def rows(self, saved: np.ndarray | None) -> list[np.ndarray | None]:
         """The operands that both kernels share, in the order of their tables."""
-        first = [self.u, self.delta, self.z, self.B, self.C, self.mask, self.A, self.D]
+        first = [self.u, self.delta, self.z, self.B, self.C, self.flags, self.A, self.D]
         return [*first, self.delta_bias, self.initial_state, saved]
 
 
@@ -73,11 +73,13 @@ def arguments(
     delta_softplus: bool = False,
     initial_state: np.ndarray | None = None,
     mask: np.ndarray | None = None,
+    boundaries: np.ndarray | None = None,
 ) -> Arguments:
     """The arguments of :func:`mambax.scan.selective_scan`, checked and ready for the kernels.
 
     Raises:
-        ValueError: for a shape that does not fit, and for float64, which the kernels would round.
+        ValueError: for a shape that does not fit, a mask together with boundaries, and float64, which the kernels
+            would round.
     """
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError(f"selective_scan: u must be (B, L, D) and A (D, N), found {u.shape} and {A.shape}")
@@ -93,6 +95,7 @@ def arguments(
         "delta_bias": (delta_bias, (channels,)),
         "initial_state": (initial_state, (batch, channels, states)),
         "mask": (mask, (batch, length)),
+        "boundaries": (boundaries, (batch, length)),
     }
     for name, (array, shape) in expected.items():
         check_shape("selective_scan", name, array, shape)
@@ -111,7 +114,7 @@ def arguments(
         delta_bias=kernel_ready(delta_bias),
         delta_softplus=delta_softplus,
         initial_state=kernel_ready(initial_state),
-        mask=kernel_ready(mask),
+        flags=kernel_ready(flags("selective_scan", mask, boundaries)),
     )
 
 
@@ -218,15 +221,17 @@ def selective_scan(
     delta_softplus: bool = False,
     initial_state: np.ndarray | None = None,
     mask: np.ndarray | None = None,
+    boundaries: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """:func:`mambax.scan.selective_scan` in one pass over NumPy arrays of float32 or narrower.
 
     Raises:
-        ValueError: for a shape that does not fit, and for float64.
+        ValueError: for a shape that does not fit, a mask together with boundaries, and float64.
     """
     given = arguments(
         u, delta, A, B, C, D,
         z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, initial_state=initial_state, mask=mask,
+        boundaries=boundaries,
     )  # fmt: skip
     y, final, _ = forward(given)
     return y.astype(u.dtype, copy=False), final

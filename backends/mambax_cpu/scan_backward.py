@@ -22,6 +22,7 @@ from collections import namedtuple
 from mambax_cpu.compilation import inlined, kernel, part
 from mambax_cpu.memory import (
     at,
+    begins,
     exists,
     load_columns,
     load_some,
@@ -31,7 +32,20 @@ from mambax_cpu.memory import (
     store_some,
     zero,
 )
-from mambax_cpu.scan_forward import BIAS, DELTA, FINAL, MASK, SAVED, TILE, A, B, C, D, Z, prepare
+from mambax_cpu.scan_forward import (
+    BIAS,
+    DELTA,
+    FINAL,
+    FLAGS,
+    SAVED,
+    TILE,
+    A,
+    B,
+    C,
+    D,
+    Z,
+    prepare,
+)
 from mambax_cpu.simd import (
     LOG2_E,
     WIDTH,
@@ -122,7 +136,13 @@ def backward(table, length, channels, states, use_softplus, first, last, scratch
                 sums = pointer(base + part * block + size * 3 * states)
                 prepare(views, use_softplus, row, start, steps, channel, width, tile.dt, tile.x, -TILE, spare)
                 _gate(views, row, start, steps, channel, width, tile, sums, spare)
-                _there_and_back(views, row, start, steps, states, tile, saved, base + part * block, db, dc)
+                high = steps
+                while high > 0:  # one sequence after another, the last first
+                    low = _start_of_sequence(views, row, start, high)
+                    fresh = begins(views, FLAGS, row, start + low)
+                    block_part = base + part * block
+                    _there_and_back(views, row, start, low, high, fresh, states, tile, saved, block_part, db, dc)
+                    high = low
                 _finish(views, use_softplus, row, start, steps, channel, width, tile, sums, spare)
             _sum_lanes(views, DB, group, row * length + start, steps, states, db)
             _sum_lanes(views, DC, group, row * length + start, steps, states, dc)
@@ -162,7 +182,7 @@ def _gate(views, row, start, steps, channel, width, tile, sums, spare):  # pragm
         prefetch(at(views, DDELTA, row, start + t), channel)
         prefetch(at(views, DZ, row, start + t), channel)
         g = splat(0.0)
-        if exists(views, MASK, row, start + t):
+        if exists(views, FLAGS, row, start + t):
             g = load_some(at(views, DY, row, start + t), channel, width, spare)
             if views[3 * Z] != 0:
                 z = load_some(at(views, Z, row, start + t), channel, width, spare)
@@ -177,17 +197,34 @@ def _gate(views, row, start, steps, channel, width, tile, sums, spare):  # pragm
     store(sums, 0, dd)
 
 
+@inlined
+def _start_of_sequence(views, row, start, high):  # pragma: no cover
+    """The last step of a tile before `high` at which a sequence begins; 0 where none does."""
+    if views[3 * FLAGS] == 0:
+        return 0
+    low = high - 1
+    while low > 0 and not begins(views, FLAGS, row, start + low):
+        low -= 1
+    return low
+
+
 @part
-def _there_and_back(views, row, start, steps, states, tile, saved, part, db, dc):  # pragma: no cover
-    """Every state of a tile again, forwards, and its gradient, backwards; one state number after another."""
+def _there_and_back(views, row, start, low, high, fresh, states, tile, saved, part, db, dc):  # pragma: no cover
+    """Every state from step `low` to `high` - 1 of a tile again, forwards, and its gradient, backwards.
+
+    One state number after another. Where `fresh`, a sequence begins at `low`: nothing comes in, and no gradient
+    goes out.
+    """
     b, c = at(views, B, row, start), at(views, C, row, start)
     b_stride, c_stride = views[3 * B + 2], views[3 * C + 2]
     size = 4 * WIDTH * states
     a, later, da = pointer(part), pointer(part + size), pointer(part + 2 * size)
     for n in range(states):
         a_n, h = load(a, n * WIDTH), load(saved, n * WIDTH)
-        store(tile.states, 0, h)
-        for t in range(steps):
+        if fresh:
+            h = splat(0.0)
+        store(tile.states, low * WIDTH, h)
+        for t in range(low, high):
             i = t * WIDTH
             decay = exp2(load(tile.dt, i) * a_n)
             h = multiply_add(decay, h, load(tile.dtu, i) * splat(b[t * b_stride + n]))
@@ -195,7 +232,7 @@ def _there_and_back(views, row, start, steps, states, tile, saved, part, db, dc)
             store(tile.states, i + WIDTH, h)
             store(tile.y, i, load(tile.y, i) + h * splat(c[t * c_stride + n]))
         later_n, da_n = load(later, n * WIDTH), load(da, n * WIDTH)
-        for t in range(steps - 1, -1, -1):
+        for t in range(high - 1, low - 1, -1):
             i, share = t * WIDTH, (n * TILE + t) * WIDTH
             g = load(tile.g, i)
             gc = g * splat(c[t * c_stride + n])
@@ -208,6 +245,8 @@ def _there_and_back(views, row, start, steps, states, tile, saved, part, db, dc)
             of_exponent = later_n * load(tile.states, i)  # the gradient of delta[t] A
             store(tile.ddt, i, load(tile.ddt, i) + of_exponent * a_n)
             da_n = da_n + of_exponent * load(tile.dt, i)
+        if fresh:
+            later_n = splat(0.0)
         store(later, n * WIDTH, later_n)
         store(da, n * WIDTH, da_n)
 
@@ -220,7 +259,7 @@ def _finish(views, use_softplus, row, start, steps, channel, width, tile, sums, 
     dbias = load(sums, WIDTH)
     for t in range(steps):
         du, ddelta, dz = splat(0.0), splat(0.0), splat(0.0)
-        if exists(views, MASK, row, start + t):
+        if exists(views, FLAGS, row, start + t):
             i = t * WIDTH
             gb = load(tile.gb, i)
             du = gb * load(tile.dt, i) + skip * load(tile.g, i)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mambax_cpu.compilation import kernel, part
+from mambax_cpu.compilation import inlined, kernel, part
 from mambax_cpu.memory import (
     at,
+    begins,
     exists,
     load_columns,
     load_some,
@@ -22,6 +23,7 @@ from mambax_cpu.memory import (
     load_vector,
     store_columns,
     store_some,
+    zero,
 )
 from mambax_cpu.simd import (
     LOG2_E,
@@ -43,7 +45,7 @@ TILE = 32
 """Steps of a tile; the state is saved once per tile for the backward pass."""
 
 # Rows of the operand table (see operands.py).
-U, DELTA, Z, B, C, MASK, A, D, BIAS, INITIAL, SAVED, Y, FINAL = range(13)
+U, DELTA, Z, B, C, FLAGS, A, D, BIAS, INITIAL, SAVED, Y, FINAL = range(13)
 
 
 def scratch_size(states: int) -> int:
@@ -65,7 +67,7 @@ def prepare(views, use_softplus, row, start, steps, channel, width, dt, x, ahead
         prefetch(at(views, U, row, later), channel)
         if views[3 * Z] != 0:
             prefetch(at(views, Z, row, later), channel)
-        if not exists(views, MASK, row, start + t):
+        if not exists(views, FLAGS, row, start + t):
             store(dt, t * WIDTH, splat(0.0))
             store(x, t * WIDTH, splat(0.0))
             continue
@@ -114,7 +116,13 @@ def forward(table, length, channels, states, use_softplus, first, last, scratch)
                     store(saved, n * WIDTH, load(h, n * WIDTH))
             prepare(views, use_softplus, row, start, steps, channel, width, dt, dtu, TILE, spare)
             _start_outputs(views, steps, channel, width, dt, dtu, y, spare)
-            _advance(views, row, start, steps, states, a, h, dt, dtu, y)
+            low = 0
+            while low < steps:  # from one beginning of a sequence to the next
+                if begins(views, FLAGS, row, start + low):
+                    zero(h, states)
+                high = end_of_sequence(views, row, start, low, steps)
+                _advance(views, row, start, low, high, states, a, h, dt, dtu, y)
+                low = high
             _finish_outputs(views, row, start, steps, channel, width, y, spare)
         store_columns(h, states, width, at(views, FINAL, row, channel), views[3 * FINAL + 2])
 
@@ -129,14 +137,25 @@ def _start_outputs(views, steps, channel, width, dt, x, y, spare):  # pragma: no
         store(x, t * WIDTH, u * load(dt, t * WIDTH))
 
 
+@inlined
+def end_of_sequence(views, row, start, low, steps):  # pragma: no cover
+    """The first step of a tile after `low` at which a sequence begins; `steps` where none does."""
+    if views[3 * FLAGS] == 0:
+        return steps
+    high = low + 1
+    while high < steps and not begins(views, FLAGS, row, start + high):
+        high += 1
+    return high
+
+
 @part
-def _advance(views, row, start, steps, states, a, h, dt, dtu, y):  # pragma: no cover
-    """The recurrence: h over the steps of a tile, y += C . h."""
+def _advance(views, row, start, low, high, states, a, h, dt, dtu, y):  # pragma: no cover
+    """The recurrence: h over steps `low` to `high` - 1 of a tile, y += C . h."""
     b, c = at(views, B, row, start), at(views, C, row, start)
     b_stride, c_stride = views[3 * B + 2], views[3 * C + 2]
     for n in range(states):
         a_n, h_n = load(a, n * WIDTH), load(h, n * WIDTH)
-        for t in range(steps):
+        for t in range(low, high):
             decay = exp2(load(dt, t * WIDTH) * a_n)
             h_n = multiply_add(decay, h_n, load(dtu, t * WIDTH) * splat(b[t * b_stride + n]))
             store(y, t * WIDTH, load(y, t * WIDTH) + h_n * splat(c[t * c_stride + n]))
@@ -147,6 +166,7 @@ def _advance(views, row, start, steps, states, a, h, dt, dtu, y):  # pragma: no 
 def _step(views, row, channel, width, states, dt, dtu, y, spare):  # pragma: no cover
     """The recurrence for a single step: state numbers across lanes, as they lie in memory; y += C . h."""
     b, c = at(views, B, row, 0), at(views, C, row, 0)
+    goes_on = views[3 * INITIAL] != 0 and not begins(views, FLAGS, row, 0)
     for lane in range(width):
         a, final = at(views, A, channel + lane, 0), at(views, FINAL, row, channel + lane)
         initial = at(views, INITIAL, row, channel + lane)
@@ -155,7 +175,7 @@ def _step(views, row, channel, width, states, dt, dtu, y, spare):  # pragma: no 
         for n in range(0, states, WIDTH):
             count = min(WIDTH, states - n)
             h = dtu_lane * load_some(b, n, count, spare)
-            if views[3 * INITIAL] != 0:
+            if goes_on:
                 decay = exp2(dt_lane * load_some(a, n, count, spare))
                 h = multiply_add(decay, load_some(initial, n, count, spare), h)
             store_some(final, n, count, h, spare)
@@ -168,7 +188,7 @@ def _finish_outputs(views, row, start, steps, channel, width, y, spare):  # prag
     """y through the gate and out; zero where a position does not exist."""
     for t in range(steps):
         value = load(y, t * WIDTH)
-        if not exists(views, MASK, row, start + t):
+        if not exists(views, FLAGS, row, start + t):
             value = splat(0.0)
         elif views[3 * Z] != 0:
             z = load_some(at(views, Z, row, start + t), channel, width, spare)

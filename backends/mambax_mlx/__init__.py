@@ -19,3 +19,4 @@ from mambax_mlx.models import (
 )
 from mambax_mlx.module import Module, ModuleList, Parameter, parameters, quantize, set_parameters
 from mambax_mlx.ops import *
+from mambax_mlx.recompute import recomputed, summed_over_chunks

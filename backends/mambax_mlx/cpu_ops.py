@@ -41,18 +41,21 @@ def selective_scan(
     delta_softplus: bool = False,
     initial_state: mx.array | None = None,
     mask: mx.array | None = None,
+    boundaries: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """:func:`mambax.scan.selective_scan` by the fused kernels, differentiable (once).
 
     Raises:
-        ValueError: for a shape that does not fit.
+        ValueError: for a shape that does not fit, and for a mask together with boundaries.
     """
     values: dict[str, Any] = dict(zip(_NAMES, (u, delta, A, B, C, D, z, delta_bias, initial_state), strict=True))
+    flags: dict[str, Any] = {"mask": mask, "boundaries": boundaries}
     present = [name for name, value in values.items() if value is not None]
 
     def given(arrays: Sequence[mx.array]) -> scan.Arguments:
         named: dict[str, Any] = {name: _array(x) for name, x in zip(present, arrays, strict=True)}
-        return scan.arguments(**named, delta_softplus=delta_softplus, mask=None if mask is None else _array(mask))
+        named |= {name: _array(x) for name, x in flags.items() if x is not None}
+        return scan.arguments(**named, delta_softplus=delta_softplus)
 
     def run(*arrays: mx.array) -> tuple[mx.array, mx.array]:
         y, final, _ = scan.forward(given(arrays))

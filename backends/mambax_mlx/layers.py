@@ -9,7 +9,7 @@ import mlx.nn
 
 from mambax.init import Initial
 from mambax.scan import at_least_float32
-from mambax_mlx import ops
+from mambax_mlx import ops, products
 from mambax_mlx.fused import causal_conv1d
 from mambax_mlx.module import Module, Parameter
 
@@ -29,9 +29,12 @@ class Linear(mlx.nn.Linear):
             self.bias = Parameter(bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if "bias" in self and self.bias.dtype != self.weight.dtype:
-            return x @ self.weight.T + self.bias
-        return super().__call__(x)
+        bias = self.get("bias")
+        if bias is None:
+            return products.product(x, self.weight)
+        if products.by_numpy() or bias.dtype != self.weight.dtype:
+            return products.product(x, self.weight) + bias
+        return mx.addmm(bias, x, self.weight.T)
 
     def to_quantized(self, group_size: int | None = None, *args: Any, **options: Any) -> Any:
         """The layer that ``mlx.nn.quantize`` puts here: this one, where the group does not divide its width.
@@ -40,7 +43,43 @@ class Linear(mlx.nn.Linear):
         """
         if self.weight.shape[1] % (group_size or 64):
             return self
-        return super().to_quantized(group_size, *args, **options)
+        quantized = super().to_quantized(group_size, *args, **options)
+        return QuantizedLinear.over(quantized) if type(quantized) is mlx.nn.QuantizedLinear else quantized
+
+
+class QuantizedLinear(mlx.nn.QuantizedLinear):
+    """x (..., in) -> x weight^T + bias (..., out), weights as ``mlx.core.quantize`` packs them.
+
+    The same parameters as ``mlx.nn.QuantizedLinear``; on the CPU of Linux by faster products.
+    """
+
+    def __init__(
+        self,
+        weight: mx.array,  # (out, in bits / 32) uint32
+        scales: mx.array,  # (out, in / group size)
+        biases: mx.array | None,
+        bias: mx.array | None,  # (out,)
+        format_: dict[str, Any],  # group_size, bits, mode
+    ) -> None:
+        mlx.nn.Module.__init__(self)
+        self.group_size, self.bits, self.mode = format_["group_size"], format_["bits"], format_["mode"]
+        self.weight, self.scales, self.biases = weight, scales, biases
+        if bias is not None:
+            self.bias = bias
+        self.freeze()
+
+    @classmethod
+    def over(cls, layer: mlx.nn.QuantizedLinear) -> QuantizedLinear:
+        """The same layer."""
+        return cls(layer.weight, layer.scales, layer.biases, layer.get("bias"), _format_of(layer))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = products.quantized_product(x, self.weight, self.scales, self.biases, **_format_of(self))
+        return y if "bias" not in self else y + self.bias
+
+
+def _format_of(layer: Any) -> dict[str, Any]:
+    return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
 
 
 class Embedding(mlx.nn.Embedding):
@@ -58,6 +97,46 @@ class Embedding(mlx.nn.Embedding):
         valid = (ids >= 0) & (ids < self.weight.shape[0])
         rows = super().__call__(mx.where(valid, ids, 0))
         return mx.where(valid[..., None], rows, mx.array(float("nan"), rows.dtype))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x (..., D) to scores (..., V): the table as the weight of a tied head."""
+        return products.product(x, self.weight)
+
+    def to_quantized(self, group_size: int | None = None, *args: Any, **options: Any) -> Any:
+        """The layer that ``mlx.nn.quantize`` puts here: this one, where the group does not divide its width."""
+        if self.weight.shape[1] % (group_size or 64):
+            return self
+        quantized = super().to_quantized(group_size, *args, **options)
+        return QuantizedEmbedding(quantized.weight, quantized.scales, quantized.biases, _format_of(quantized))
+
+
+class QuantizedEmbedding(mlx.nn.QuantizedEmbedding):
+    """A quantised table (V, D) of vectors, with the parameters of ``mlx.nn.QuantizedEmbedding``.
+
+    An id outside it gives NaN.
+    """
+
+    def __init__(
+        self,
+        weight: mx.array,  # (V, D bits / 32) uint32
+        scales: mx.array,  # (V, D / group size)
+        biases: mx.array | None,
+        format_: dict[str, Any],  # group_size, bits, mode
+    ) -> None:
+        mlx.nn.Module.__init__(self)
+        self.group_size, self.bits, self.mode = format_["group_size"], format_["bits"], format_["mode"]
+        self.weight, self.scales, self.biases = weight, scales, biases
+        self.num_embeddings, self.dims = weight.shape[0], weight.shape[1] * 32 // self.bits
+        self.freeze()
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        valid = (ids >= 0) & (ids < self.num_embeddings)
+        rows = super().__call__(mx.where(valid, ids, 0))
+        return mx.where(valid[..., None], rows, mx.array(float("nan"), rows.dtype))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x (..., D) to scores (..., V): the table as the weight of a tied head."""
+        return products.quantized_product(x, self.weight, self.scales, self.biases, **_format_of(self))
 
 
 class RMSNorm(Module):
@@ -94,7 +173,13 @@ class CausalConv1d(Module):
             self.bias = Parameter(bias)
 
     def forward(
-        self, x: mx.array, state: mx.array | None = None, mask: mx.array | None = None
+        self,
+        x: mx.array,
+        state: mx.array | None = None,
+        mask: mx.array | None = None,
+        boundaries: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """(B, L, D) to (B, L, D) and the last K-1 inputs; see :func:`mambax.convolution.causal_conv1d`."""
-        return causal_conv1d(x, self.weight, self.get("bias"), initial_state=state, mask=mask)
+        return causal_conv1d(
+            x, self.weight, self.get("bias"), initial_state=state, mask=mask, boundaries=boundaries
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import mambax_mlx
 from mambax import blocks, models, state
@@ -21,7 +22,7 @@ class MambaMixer(blocks.MambaMixer, Module):
 
 class Block(blocks.Block, Module):
     nn: ClassVar[Backend] = mambax_mlx
-    default_mixer_cls = MambaMixer
+    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer}
 
 
 class MambaEncoder(models.MambaEncoder, Module):

@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn
 import numpy as np
 
+from mambax_mlx.host import default_device, exp
+
 __all__ = [
     "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cumulative_logsumexp",
     "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
@@ -34,17 +36,13 @@ def version() -> str:
 
 def devices() -> Sequence[str]:
     """The GPU where MLX has one, and the CPU; the default device first."""
-    default = _default_device()
+    default = default_device()
     found = [default]
     if default == "cpu" and (mx.metal.is_available() or mx.cuda.is_available()):
         found.append("gpu")
     if default == "gpu":
         found.append("cpu")
     return tuple(found)
-
-
-def _default_device() -> str:
-    return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
 def dtype(name: str) -> mx.Dtype:
@@ -98,11 +96,6 @@ def where(condition: Array, x: Array, y: Array | float) -> Array:
 def take_along_axis(x: Array, indices: Array, axis: int) -> Array:
     """x at indices along an axis."""
     return mx.take_along_axis(x, indices, axis)
-
-
-def exp(x: Array) -> Array:
-    """e to the x."""
-    return mx.exp(x)
 
 
 def log(x: Array) -> Array:
@@ -171,9 +164,9 @@ def from_numpy(array: np.ndarray, *, like: Array | None = None, device: str | No
     Raises:
         ValueError: for float64 values, and for a device that is not MLX's default one.
     """
-    if device not in (None, _default_device()):
+    if device not in (None, default_device()):
         raise ValueError(
-            f"device is {device!r}, but MLX's default device is {_default_device()!r}; "
+            f"device is {device!r}, but MLX's default device is {default_device()!r}; "
             f"call mlx.core.set_default_device(mlx.core.{device}) first"
         )
     if array.dtype == np.float64:

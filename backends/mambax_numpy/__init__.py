@@ -20,3 +20,4 @@ from mambax_numpy.models import (
 from mambax_numpy.module import Module, ModuleList, Parameter, parameters, set_parameters
 from mambax_numpy.ops import *
 from mambax_numpy.quantized import quantize
+from mambax_numpy.recompute import recomputed, summed_over_chunks

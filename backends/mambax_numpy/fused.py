@@ -37,13 +37,13 @@ def causal_conv1d(
     *,
     initial_state: np.ndarray | None = None,
     mask: np.ndarray | None = None,
+    boundaries: np.ndarray | None = None,
     activation: str | None = "silu",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`mambax.convolution.causal_conv1d`; by the fused kernels up to float32 where there is no mask."""
-    if mask is None and x.dtype != np.float64:
+    """:func:`mambax.convolution.causal_conv1d`; by the fused kernels up to float32."""
+    options: dict[str, Any] = {"initial_state": initial_state, "mask": mask, "boundaries": boundaries}
+    if x.dtype != np.float64:
         from mambax_cpu import convolution as fused
 
-        return fused.causal_conv1d(x, weight, bias, initial_state=initial_state, activation=activation)
-    return convolution.causal_conv1d(
-        ops, x, weight, bias, initial_state=initial_state, mask=mask, activation=activation
-    )
+        return fused.causal_conv1d(x, weight, bias, activation=activation, **options)
+    return convolution.causal_conv1d(ops, x, weight, bias, activation=activation, **options)

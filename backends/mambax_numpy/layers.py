@@ -109,7 +109,11 @@ class CausalConv1d(Module):
         self.bias = None if bias is None else Parameter(bias)
 
     def forward(
-        self, x: np.ndarray, state: np.ndarray | None = None, mask: np.ndarray | None = None
+        self,
+        x: np.ndarray,
+        state: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        boundaries: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """(B, L, D) to (B, L, D) and the last K-1 inputs; see :func:`mambax.convolution.causal_conv1d`."""
-        return causal_conv1d(x, self.weight, self.bias, initial_state=state, mask=mask)
+        return causal_conv1d(x, self.weight, self.bias, initial_state=state, mask=mask, boundaries=boundaries)

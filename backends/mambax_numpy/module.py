@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from mambax.init import Initial, Placeholder
 
 
+examined: WeakKeyDictionary[Module, Any] = WeakKeyDictionary()
+"""What was found out about modules and what is in them; forgotten as soon as an attribute of any module changes."""
+
+_stamp = object()
+
+
+def stamp() -> object:
+    """An object that is another one after an attribute of any module has changed."""
+    return _stamp
+
+
+def _changed() -> None:
+    global _stamp
+    _stamp = object()
+    examined.clear()
+
+
 class Module:
     """Base of every layer. A float array attribute is a parameter; modules and lists of modules are children."""
 
     forward: Callable[..., Any]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        _changed()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        _changed()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)

@@ -20,3 +20,4 @@ from mambax_torch.models import (
 from mambax_torch.module import Module, ModuleList, Parameter, parameters, set_parameters
 from mambax_torch.ops import *
 from mambax_torch.quantized import quantize
+from mambax_torch.recompute import recomputed, summed_over_chunks

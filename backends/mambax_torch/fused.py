@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from mambax import convolution, scan
 from mambax_torch import ops
+from mambax_torch.kernels.devices import why_not_triton
 
 
 def scan_implementations() -> Mapping[str, str]:
@@ -55,13 +56,17 @@ def causal_conv1d(
     *,
     initial_state: Tensor | None = None,
     mask: Tensor | None = None,
+    boundaries: Tensor | None = None,
     activation: str | None = "silu",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`mambax.convolution.causal_conv1d`; by the fused kernels on the CPU where there is no mask."""
-    if mask is None and not why_not_cpu_kernels(x):
-        from mambax_torch import cpu_ops
+    """:func:`mambax.convolution.causal_conv1d`; by fused kernels on the CPU and on NVIDIA GPUs, up to float32."""
+    options: dict[str, Any] = {"initial_state": initial_state, "mask": mask, "boundaries": boundaries}
+    if x.is_cuda and not why_not_triton(x):
+        from mambax_torch.kernels import conv
 
-        return cpu_ops.causal_conv1d(x, weight, bias, initial_state=initial_state, activation=activation)
-    return convolution.causal_conv1d(
-        ops, x, weight, bias, initial_state=initial_state, mask=mask, activation=activation
-    )
+        return conv.causal_conv1d(x, weight, bias, activation=activation, **options)
+    if not why_not_cpu_kernels(x):
+        from mambax_torch import conv_ops
+
+        return conv_ops.causal_conv1d(x, weight, bias, activation=activation, **options)
+    return convolution.causal_conv1d(ops, x, weight, bias, activation=activation, **options)

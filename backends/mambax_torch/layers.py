@@ -10,6 +10,7 @@ from mambax.init import Initial
 from mambax.scan import at_least_float32
 from mambax_torch import ops
 from mambax_torch.fused import causal_conv1d, why_not_cpu_kernels
+from mambax_torch.kernels.devices import why_not_triton
 from mambax_torch.module import Module, Parameter
 
 FEW_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32}
@@ -20,24 +21,34 @@ _SMALL = 1 << 15
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias; for few rows in host memory by the kernels of mambax_cpu, where no gradient is wanted."""
+    """x weight^T + bias. In host memory: by the kernels of mambax_cpu for few rows where no gradient is wanted, for
+    many by the fastest product of this machine."""
+    if not _in_host_memory(x, weight):
+        return F.linear(x, weight, bias)
     if _few_rows(x, weight, bias):
         from mambax_torch import linear_ops
 
         return linear_ops.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    from mambax_torch import product_ops
+
+    large = x.numel() * weight.shape[0] >= product_ops.LARGE
+    return (product_ops.product if large else F.linear)(x, weight, bias)
+
+
+def _in_host_memory(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is a choice: plain tensors of one float dtype up to float32 on the CPU."""
+    if x.device.type != "cpu" or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+        return False
+    if weight.dtype not in FEW_ROWS or torch.is_autocast_enabled("cpu"):
+        return False
+    return type(weight) in (Tensor, torch.nn.Parameter) and not why_not_cpu_kernels(x)
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels are to be used."""
-    rows = FEW_ROWS.get(weight.dtype, 0)
-    if x.device.type != "cpu" or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+    if weight.numel() < _SMALL or x.numel() > FEW_ROWS[weight.dtype] * x.shape[-1]:
         return False
-    if weight.numel() < _SMALL or x.numel() > rows * x.shape[-1] or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return False
-    return type(weight) in (Tensor, torch.nn.Parameter) and not why_not_cpu_kernels(x)
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
 
 
 class Linear(torch.nn.Linear):
@@ -93,6 +104,10 @@ class RMSNorm(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
+        if x.is_cuda and not why_not_triton(x):
+            from mambax_torch.kernels import norm
+
+            return norm.rms_norm(x, self.weight, self.eps)[0]
         x = at_least_float32(ops, x)
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return (x * scale * at_least_float32(ops, self.weight)).to(self.weight.dtype)
@@ -117,9 +132,11 @@ class CausalConv1d(Module):
         self.weight = Parameter(weight)
         self.register_parameter("bias", None if bias is None else Parameter(bias))
 
-    def forward(self, x: Tensor, state: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, mask: Tensor | None = None, boundaries: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(B, L, D) to (B, L, D) and the last K-1 inputs; see :func:`mambax.convolution.causal_conv1d`."""
-        return causal_conv1d(x, self.weight, self.bias, initial_state=state, mask=mask)
+        return causal_conv1d(x, self.weight, self.bias, initial_state=state, mask=mask, boundaries=boundaries)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

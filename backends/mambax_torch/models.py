@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch.utils._pytree import register_pytree_node
@@ -24,7 +24,7 @@ class MambaMixer(blocks.MambaMixer, Module):
 
 class Block(blocks.Block, Module):
     nn: ClassVar[Backend] = mambax_torch
-    default_mixer_cls = MambaMixer
+    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer}
 
 
 class MambaEncoder(models.MambaEncoder, Module):

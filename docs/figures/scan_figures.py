@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def doubling(nn: Any, a: np.ndarray, b: np.ndarray, h: np.ndarray) -> np.ndarray
     return b
 
 
-def trace(recurrence: scan.Recurrence, length: int) -> tuple[Ledger, np.ndarray]:
+def trace(recurrence: Callable[..., np.ndarray], length: int) -> tuple[Ledger, np.ndarray]:
     """Run a recurrence over ``length`` steps; return what it did, and every state (length,) as :class:`Traced`."""
     ledger = Ledger()
     a, b = (np.array([Traced(ledger, t, t) for t in range(length)], object).reshape(1, length, 1, 1) for _ in "ab")
@@ -85,7 +85,7 @@ def trace(recurrence: scan.Recurrence, length: int) -> tuple[Ledger, np.ndarray]
     return ledger, recurrence(mambax.get_backend("numpy"), a, b, h).ravel()
 
 
-def cost(recurrence: scan.Recurrence, length: int) -> tuple[int, int]:
+def cost(recurrence: Callable[..., np.ndarray], length: int) -> tuple[int, int]:
     """(work, depth) of a recurrence: operations on scalars in all, and one after another."""
     ledger, states = trace(recurrence, length)
     return ledger.work, max(state.depth for state in states)
@@ -110,7 +110,7 @@ def in_chunks(name: str, arrays: Sequence[np.ndarray], chunk: int) -> np.ndarray
     nn, parts = mambax.get_backend("numpy"), []
     for start in range(0, log_a.shape[1], chunk):
         part = slice(start, start + chunk)
-        parts.append(scan.ALGORITHMS[name][0](nn, log_a[:, part], b[:, part], h))
+        parts.append(scan.ALGORITHMS[name][0](nn, log_a[:, part], b[:, part], h, None))
         h = parts[-1][:, -1]
     return np.concatenate(parts, axis=1)
 

@@ -95,7 +95,7 @@ def load(
     model = skeleton(nn, described)
     packed = packed_dtypes(described)
     expected = {name: tuple(array.shape) for name, array in nn.parameters(model).items()}
-    found, head = match(open_weights(source), expected, described.architecture, source.name, packed)
+    found, head = match(open_weights(source), expected, described, source.name, packed)
     if dtype is None:
         dtype = main_dtype((item.parameter, item.info.dtype) for item in found if item.parameter not in packed)
         _check_dtype(nn, dtype)

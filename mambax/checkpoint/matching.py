@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mambax.checkpoint.layouts import CAUSAL_LM, parameter_name
+from mambax.checkpoint.layouts import CAUSAL_LM, Description, parameter_name
 from mambax.checkpoint.tensors import FLOATS, TensorFile, TensorInfo
 
 TABLE, HEAD = "backbone.embeddings.weight", "lm_head.weight"
@@ -43,7 +43,7 @@ class Found:
 def match(
     tensors: Mapping[str, TensorFile],
     expected: Mapping[str, Shape],
-    architecture: str,
+    described: Description,
     where: str,
     packed: Mapping[str, np.dtype],
 ) -> tuple[list[Found], Found | None]:
@@ -52,7 +52,7 @@ def match(
     Args:
         tensors: tensor name -> file.
         expected: parameter path -> shape.
-        architecture: of the checkpoint; see :mod:`mambax.checkpoint.layouts`.
+        described: what the checkpoint's config.json says.
         where: the checkpoint, for messages.
         packed: the dtypes of those parameters that are quantised; all others are floats.
 
@@ -67,8 +67,8 @@ def match(
     found: dict[str, Found] = {}
     present: set[str] = set()
     for name, file in tensors.items():
-        parameter, stored = parameter_name(name, architecture), file.tensors[name]
-        tied = parameter == HEAD and HEAD not in expected and architecture == CAUSAL_LM
+        parameter, stored = parameter_name(name, described.config), file.tensors[name]
+        tied = parameter == HEAD and HEAD not in expected and described.architecture == CAUSAL_LM
         shape = expected.get(TABLE if tied else parameter)
         if shape is None or parameter in present:
             problems["unexpected"].append(f"{name} {list(stored.shape)}")
@@ -106,7 +106,7 @@ def _report(problems: Mapping[str, list[str]], where: str) -> str:
     return (
         f"{where}: the weights are not those that config.json describes.\n  "
         + "\n  ".join(parts)
-        + f"\nIs it the config.json of these weights, and of a Mamba-1 model?{hint}"
+        + f"\nIs it the config.json of these weights?{hint}"
     )
 
 

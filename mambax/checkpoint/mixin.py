@@ -39,17 +39,13 @@ class CheckpointMixin:
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it is not a state, or one of another model: number of layers, d_conv, d_inner and
-                d_state must be this model's.
+            ValueError: when it is not a state, or one of another model: all shapes but the batch must be this
+                model's.
         """
-        from mambax.checkpoint.state_files import StateShape, read_state
+        from mambax.checkpoint.state_files import read_state
 
-        nn, config = self.nn, self.config
-        expected = StateShape(config.n_layer, config.d_conv - 1, config.d_inner, config.d_state)
-        arrays = read_state(Path(path).expanduser(), expected)
-        model_like = self.backbone.init_state(1)
-        conv, ssm = (nn.to_numpy(array).dtype for array in model_like.layers[0])
-        for name, array in arrays.items():
-            if name != "tokens_seen":
-                arrays[name] = array.astype(conv if name.endswith("conv_state") else ssm, copy=False)
-        return type(model_like).from_arrays(arrays, like=model_like.tokens_seen)
+        nn, like = self.nn, self.backbone.init_state(1)
+        own = {name: nn.to_numpy(array) for name, array in like.arrays().items()}
+        arrays, count = read_state(Path(path).expanduser(), {name: array.shape for name, array in own.items()})
+        arrays = {name: array.astype(own[name].dtype, copy=False) for name, array in arrays.items()}
+        return type(like).from_arrays(arrays, count, like=like.tokens_seen)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mambax.checkpoint.json_files import dump_object
-from mambax.checkpoint.layouts import CAUSAL_LM, CLASSIFIER, ENCODER, Description, write_config
+from mambax.checkpoint.layouts import CAUSAL_LM, CLASSIFIER, ENCODER, Description, checkpoint_name, write_config
 from mambax.checkpoint.loading import Progress, load, packed_dtypes, skeleton
 from mambax.checkpoint.matching import main_dtype
 from mambax.checkpoint.safetensors_files import write_safetensors
@@ -52,10 +52,15 @@ def save_pretrained(
     target = Path(folder).expanduser()
     parameters = model.nn.parameters(model)
     described = dataclasses.replace(_describe(model), quantization=_quantization(parameters))
-    infos = _check_parameters(model, parameters, described)
+    checked = _check_parameters(model, parameters, described)
+    packed = packed_dtypes(described)
+    dtype = main_dtype((name, info.dtype) for name, info in checked.items() if name not in packed)
+    config_file = dump_object(write_config(described, dtype))
+    parameter = {checkpoint_name(name, described.config): name for name in checked}
+    infos = {name: checked[path] for name, path in parameter.items()}
 
     def read(name: str) -> np.ndarray:
-        values = model.nn.to_numpy(parameters[name])
+        values = model.nn.to_numpy(parameters[parameter[name]])
         if values.dtype in FLOATS.values() and not is_finite(values):
             raise ValueError(
                 f"{name} has weights that are NaN or infinite, so the model was not saved; {target} is as it was"
@@ -73,9 +78,7 @@ def save_pretrained(
             (staging / INDEX).write_bytes(dump_object(_index(infos, shards)))
         if tokenizer and model.tokenizer is not None:
             model.tokenizer.save_pretrained(staging)
-        packed = packed_dtypes(described)
-        dtype = main_dtype((name, info.dtype) for name, info in infos.items() if name not in packed)
-        (staging / CONFIG).write_bytes(dump_object(write_config(described, dtype)))
+        (staging / CONFIG).write_bytes(config_file)
         _move_all(staging, target, shards)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

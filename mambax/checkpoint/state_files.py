@@ -1,40 +1,37 @@
 """Recurrent states in files: safetensors, the same for every backend.
 
-``tokens_seen`` (B,) int64; for each block i ``layers.i.conv_state`` (B, K-1, D) and ``layers.i.ssm_state``
-(B, D, N).
+``tokens_seen`` (B,) int64; for each block i that keeps a state its arrays ``layers.i.<field>_state``, as
+``layers.i.conv_state`` (B, K-1, D) and ``layers.i.ssm_state`` (B, D, N); see :mod:`mambax.layer_states`. The number
+of blocks is in the metadata.
 
 Dimensions: B batch, K d_conv, D d_inner, N d_state.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from mambax.checkpoint.safetensors_files import SafetensorsFile, write_safetensors
 from mambax.checkpoint.tensors import FLOATS, TensorInfo, is_finite
+from mambax.layer_states import KINDS
 
 FORMAT = "mambax-state"
 VERSION = "1"
 
 
-class StateShape(NamedTuple):
-    """What two states, or a state and a model, must have in common. d_past is d_conv - 1."""
+_NAME = re.compile(r"layers\.(0|[1-9]\d{0,4})\.([a-z]+)_state")
 
-    layers: int
-    d_past: int
-    d_inner: int
-    d_state: int
-
-    def __str__(self) -> str:
-        return f"{self.layers} layers, d_conv {self.d_past + 1}, d_inner {self.d_inner}, d_state {self.d_state}"
+Shapes = dict[str, tuple[int, ...]]
+"""Array name -> shape without its first axis, which is the batch."""
 
 
-def write_state(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the arrays of a state; the file appears complete or not at all.
+def write_state(path: Path, arrays: Mapping[str, np.ndarray], count: int) -> None:
+    """Write the arrays of a state of ``count`` blocks; the file appears complete or not at all.
 
     Raises:
         ValueError: when a value is not finite.
@@ -45,15 +42,19 @@ def write_state(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"{name} of the state has values that are NaN or infinite; the state was not saved")
     infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, infos, lambda name: arrays[name], {"format": FORMAT, "version": VERSION})
+    metadata = {"format": FORMAT, "version": VERSION, "layers": str(count)}
+    write_safetensors(path, infos, lambda name: arrays[name], metadata)
 
 
-def read_state(path: Path, expected: StateShape | None = None) -> dict[str, np.ndarray]:
-    """Read the arrays of a state, in the dtypes in which they were saved.
+def read_state(
+    path: Path, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[dict[str, np.ndarray], int]:
+    """Read the arrays of a state, in the dtypes in which they were saved, and how many blocks it is of.
 
     Args:
         path: a file of :func:`write_state`.
-        expected: what the state must fit, checked before anything is read; None for any.
+        expected: the shapes, by array name, of a state of the model that is to go on from it, of any batch; checked
+            before anything is read. None for any model.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -70,36 +71,85 @@ def read_state(path: Path, expected: StateShape | None = None) -> dict[str, np.n
             f"{path}: state format {version[:20]!r}; this mambax reads {VERSION!r}; update mambax, or save the "
             "state again"
         )
-    found = _check(file)
-    if expected is not None and found != expected:
-        raise ValueError(
-            f"{path}: a state of {found}; this model needs {expected}; load it with the model it is of"
-        )
+    count = _check(file)
+    if expected is not None:
+        needed: Shapes = {name: shape[1:] for name, shape in expected.items()}
+        found: Shapes = {name: info.shape[1:] for name, info in file.tensors.items()}
+        if found != needed:
+            raise ValueError(
+                f"{path}: a state of {_summary(found)}; this model needs {_summary(needed)}; load it with the "
+                "model it is of"
+            )
     arrays = {name: file.read(name) for name in file.tensors}
     for name, array in arrays.items():
         if not (array.min(initial=0) >= 0 if name == "tokens_seen" else is_finite(array)):
             raise ValueError(f"{path}: {name} has values that no model produces (NaN, infinite or negative counts)")
-    return arrays
+    return arrays, count
 
 
-def _check(file: SafetensorsFile) -> StateShape:
-    """The shape of a state whose tensors are complete and agree with each other."""
-    tensors = file.tensors
-    layers = sum(name.endswith(".conv_state") for name in tensors)
-    names = {f"layers.{i}.{kind}" for i in range(layers) for kind in ("conv_state", "ssm_state")} | {"tokens_seen"}
-    if layers < 1 or names != tensors.keys():
-        first = min(names ^ tensors.keys(), default="layers.0.conv_state")
-        raise ValueError(f"{file.path}: {first!r} is missing or unexpected in a state; save the state again")
-    seen, conv, ssm = tensors["tokens_seen"], tensors["layers.0.conv_state"], tensors["layers.0.ssm_state"]
-    shapes = len(seen.shape) == 1 and len(conv.shape) == 3 and len(ssm.shape) == 3
-    shapes = shapes and conv.shape[0] == ssm.shape[0] == seen.shape[0] and conv.shape[2] == ssm.shape[1]
-    if not shapes or seen.dtype != np.int64 or {conv.dtype, ssm.dtype} - set(FLOATS.values()):
-        raise ValueError(
-            f"{file.path}: tokens_seen {seen}, conv_state {conv} and ssm_state {ssm} do not belong together; "
-            "expected int64 [B], float [B, d_conv - 1, d_inner], float [B, d_inner, d_state]; save the state again"
-        )
-    for name, info in tensors.items():
-        first = {"conv_state": conv, "ssm_state": ssm}.get(name.rpartition(".")[2], seen)
-        if info != first:
-            raise ValueError(f"{file.path}: {name} is {info}, expected {first} as in the first layer")
-    return StateShape(layers, conv.shape[1], conv.shape[2], ssm.shape[2])
+def _summary(shapes: Shapes) -> str:
+    """How many arrays of each kind and shape, in words."""
+    counts = Counter((name.rpartition(".")[2], shape) for name, shape in shapes.items() if name != "tokens_seen")
+    return ", ".join(f"{count} x {field} {list(shape)}" for (field, shape), count in counts.items())
+
+
+def _check(file: SafetensorsFile) -> int:
+    """Refuse a state that is not complete, or whose arrays do not agree with each other; return its blocks."""
+    layers: dict[int, dict[str, TensorInfo]] = {}
+    for name, info in file.tensors.items():
+        named = _NAME.fullmatch(name)
+        if named is not None:
+            layers.setdefault(int(named[1]), {})[named[2]] = info
+        elif name != "tokens_seen":
+            raise _odd(file, name)
+    if "tokens_seen" not in file.tensors:
+        raise _odd(file, "tokens_seen")
+    named_count = file.metadata.get("layers", "")
+    count = int(named_count) if named_count.isdecimal() and len(named_count) < 6 else max(layers, default=0) + 1
+    if max(layers, default=-1) >= count:
+        raise _odd(file, f"layers.{max(layers)}.{min(layers[max(layers)])}_state")
+    for i in sorted(layers):
+        fields = layers[i].keys()
+        kind = max(KINDS, key=lambda kind: len(fields & set(kind._fields)))  # the one that it is most like
+        if fields != set(kind._fields):
+            raise _odd(file, f"layers.{i}.{min(fields ^ set(kind._fields))}_state")
+    _check_agreement(file, file.tensors["tokens_seen"], layers)
+    return count
+
+
+def _odd(file: SafetensorsFile, name: str) -> ValueError:
+    return ValueError(f"{file.path}: {name!r} is missing or unexpected in a state; save the state again")
+
+
+def _check_agreement(file: SafetensorsFile, seen: TensorInfo, layers: Mapping[int, dict[str, TensorInfo]]) -> None:
+    """Refuse arrays of different batches, dtypes or sizes."""
+    first: dict[str, tuple[int, TensorInfo]] = {}  # field -> the first layer that has it
+    for i in sorted(layers):
+        fields = layers[i]
+        known = all(field in first for field in fields)
+        if not known and not _belong(seen, fields):
+            arrays = ", ".join(f"{field}_state {info}" for field, info in fields.items())
+            raise ValueError(
+                f"{file.path}: tokens_seen {seen} and layers.{i} with {arrays} do not belong together; expected "
+                "int64 [B], float conv_state [B, d_conv - 1, channels], ssm_state [B, d_inner, d_state]; save the "
+                "state again"
+            )
+        for field, info in fields.items():
+            number, other = first.setdefault(field, (i, info))
+            if info != other:
+                raise ValueError(
+                    f"{file.path}: layers.{i}.{field}_state is {info}, expected {other} as in layer {number}"
+                )
+
+
+def _belong(seen: TensorInfo, fields: Mapping[str, TensorInfo]) -> bool:
+    if (
+        seen.dtype != np.int64
+        or len(seen.shape) != 1
+        or any(info.shape[:1] != seen.shape for info in fields.values())
+    ):
+        return False
+    if {info.dtype for info in fields.values()} - set(FLOATS.values()):
+        return False
+    conv, ssm = fields["conv"].shape, fields["ssm"].shape
+    return len(conv) == 3 and len(ssm) == 3 and conv[2] == ssm[1]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mambax import __version__
-from mambax.cli.errors import Group
+from mambax.cli.errors import INTERRUPTED, Group
 
 app = typer.Typer(
     name="mambax",
@@ -165,6 +165,47 @@ def bench(
     options = _loading(None, device, dtype, scan, revision, offline)
     del options["backend"]
     bench(model, backend or [], prompt, tokens, rounds, options)
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe in TOML or JSON; flags and --set come on top of it.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="Text, .jsonl or a folder of them; several times for more.")
+    ] = None,
+    run: Annotated[str | None, typer.Option("--run", help="The folder of the run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and run nothing.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width of a new model.")] = None,
+    n_layer: Annotated[int | None, typer.Option(help="Blocks of a new model.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Train this model further.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bpe, bytes, characters, or a folder.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens of a new bpe vocabulary.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and of the order of the text.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="Any key, as training.clip_norm=0.5; several times.")
+    ] = None,
+    backend: Backend = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a language model on text, or train one further."""
+    from mambax.cli.train import train
+
+    flags = {
+        "data.train": text or None, "run": run, "training.steps": steps, "training.batch_size": batch_size,
+        "data.length": length, "training.learning_rate": learning_rate, "model.d_model": d_model,
+        "model.n_layer": n_layer, "model.pretrained": pretrained, "data.tokenizer": tokenizer,
+        "data.vocab_size": vocab_size, "training.seed": seed, "backend": backend, "device": device,
+    }  # fmt: skip
+    if not train(recipe, flags, assignments or (), resume=resume, dry_run=dry_run, quiet=quiet):
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mambax.checkpoint.json_files import read_object
 from mambax.checkpoint.layouts import Description, read_config
 from mambax.checkpoint.loading import packed_dtypes, skeleton
@@ -17,7 +15,7 @@ from mambax.checkpoint.matching import main_dtype, match, parameter_dtype
 from mambax.checkpoint.sources import CONFIG, Folder, Source, open_source
 from mambax.checkpoint.weights import open_weights
 from mambax.cli.terminal import size
-from mambax.config import MambaConfig
+from mambax.families import named
 from mambax.registry import get_backend
 
 DTYPES = ("float32", "bfloat16")
@@ -45,10 +43,11 @@ def info(name: str, revision: str | None, offline: bool) -> None:
     if path is None:
         raise FileNotFoundError(f"{name}: no {CONFIG}; expected a checkpoint folder; {source.describe()}")
     described = read_config(read_object(path), str(path))
-    shapes = _shapes(dataclasses.replace(described, quantization=None))
+    full = dataclasses.replace(described, quantization=None)
+    shapes = _shapes(full)
     rows = _family(name, described) | _weights(source, described, shapes)
     rows |= {f"size in {dtype}": size(_bytes(shapes, dtype)) for dtype in DTYPES}
-    rows |= {f"state per sequence, {dtype}": size(state_bytes(described.config, dtype)) for dtype in DTYPES}
+    rows |= {f"state per sequence, {dtype}": size(state_bytes(full, dtype)) for dtype in DTYPES}
     rows |= _tokenizer(source)
     out, width = Console(highlight=False, soft_wrap=True), max(map(len, rows))
     for label, value in rows.items():
@@ -56,10 +55,11 @@ def info(name: str, revision: str | None, offline: bool) -> None:
         out.print(value, markup=False)
 
 
-def state_bytes(config: MambaConfig, dtype: str) -> int:
-    """Bytes of the recurrent state of one sequence: (K-1, D) in the dtype and (D, N) in float32, of each block."""
-    conv = (config.d_conv - 1) * config.d_inner * parameter_dtype("", dtype).itemsize
-    return config.n_layer * (conv + config.d_inner * config.d_state * 4) + np.dtype(np.int64).itemsize
+def state_bytes(described: Description, dtype: str) -> int:
+    """Bytes of the state of one sequence before its first token, the past of the convolutions in the dtype."""
+    arrays = skeleton(get_backend("numpy"), described).init_state(1).arrays()
+    narrow = parameter_dtype("", dtype).itemsize
+    return sum(array.size * (narrow if ".conv" in name else array.itemsize) for name, array in arrays.items())
 
 
 def _shapes(described: Description) -> dict[str, tuple[int, ...]]:
@@ -74,7 +74,7 @@ def _bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
 
 def _family(name: str, described: Description) -> dict[str, str]:
     config = described.config
-    rows = {"checkpoint": name, "family": "Mamba-1", "architecture": described.architecture}
+    rows = {"checkpoint": name, "family": named(str(config.family)).title, "architecture": described.architecture}
     rows["layout"] = "original (state-spaces)" if described.original else "Hugging Face"
     return rows | {field: str(getattr(config, field)) for field in FIELDS if hasattr(config, field)}
 
@@ -86,7 +86,7 @@ def _weights(source: Source, described: Description, shapes: Mapping[str, tuple[
     if not isinstance(source, Folder):
         return rows | {"weights": "not looked at: they would have to be downloaded"}
     tensors, packed = open_weights(source), packed_dtypes(described)
-    found, _ = match(tensors, _shapes(described), described.architecture, source.name, packed)
+    found, _ = match(tensors, _shapes(described), described, source.name, packed)
     files = {Path(file.path) for file in tensors.values()}
     dtype = main_dtype((item.parameter, item.info.dtype) for item in found if item.parameter not in packed)
     if described.quantization is not None:

@@ -1,0 +1,177 @@
+"""What a phase does besides its product, in Numba: norms, the convolution and gate of one token, the recurrence.
+
+`views` is a row of :mod:`mambax_cpu.phase_table`, `narrow` any address of the type of narrow values. Everything is
+computed in float32.
+
+Dimensions: B rows, M d_model, D d_inner, N d_state, K d_conv, R dt_rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mambax_cpu import phase_table as field
+from mambax_cpu.compilation import part, spliced
+from mambax_cpu.precision import like, read, read_or_zero, write
+from mambax_cpu.simd import (
+    LOG2_E,
+    WIDTH,
+    exp,
+    exp2,
+    load,
+    multiply_add,
+    pointer,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+    total,
+)
+
+
+@part
+def normalise(narrow, views, epsilon):  # pragma: no cover
+    """X = HIDDEN / rms(HIDDEN) * NORM."""
+    inputs = views[field.INPUTS]
+    for r in range(views[field.ROWS]):
+        hidden, out = pointer(views[field.HIDDEN] + 4 * r * inputs), pointer(views[field.X] + 4 * r * inputs)
+        squares = splat(0.0)
+        for i in range(0, inputs, WIDTH):
+            value = read(hidden, i, inputs - i)
+            squares = multiply_add(value, value, squares)
+        scale = splat(np.float32(1) / np.sqrt(total(squares) / np.float32(inputs) + epsilon))
+        for i in range(0, inputs, WIDTH):
+            weight = read(like(narrow, views[field.NORM]), i, inputs - i)
+            write(out, i, read(hidden, i, inputs - i) * scale * weight, inputs - i)
+
+
+@spliced
+def _bias(narrow, views, j, count):  # pragma: no cover
+    """The biases from `j` on."""
+    return read_or_zero(narrow, views[field.BIAS], j, count) + read_or_zero(
+        pointer(0), views[field.WIDE_BIAS], j, count
+    )
+
+
+@part
+def finish_product(narrow, views, first, last):  # pragma: no cover
+    """OUT += BIAS for outputs `first` to `last` - 1; and where there is a SUM, SUM += OUT instead."""
+    outs, target = views[field.OUTPUTS], views[field.SUM]
+    if target == 0:
+        if views[field.BIAS] == 0 and views[field.WIDE_BIAS] == 0:
+            return
+        target = views[field.OUT]
+    for j in range(first, last, WIDTH):
+        shift = _bias(narrow, views, j, last - j)
+        for r in range(views[field.ROWS]):
+            value = read(pointer(views[field.OUT]), r * outs + j, last - j) + shift
+            if views[field.SUM] != 0:
+                value = read(pointer(target), r * outs + j, last - j) + value
+            write(pointer(target), r * outs + j, value, last - j)
+
+
+@part
+def convolve_and_gate(narrow, views, first, last, scratch):  # pragma: no cover
+    """Of the outputs `first` to `last` - 1 of in_proj: x through the convolution to U, z to silu(z) in OUT."""
+    channels, outs = views[field.CHANNELS], views[field.OUTPUTS]
+    out = pointer(views[field.OUT])
+    j = first
+    while j < last:
+        count = min(WIDTH, last - j)
+        if j < channels:
+            count = min(count, channels - j)
+            _columns(narrow, views, j, count, scratch)
+        shift = _bias(narrow, views, j, count)
+        for r in range(views[field.ROWS]):
+            value = read(out, r * outs + j, count) + shift
+            if j < channels:
+                value = _convolve(narrow, views, r, j, count, value, scratch)
+                write(pointer(views[field.U]), r * channels + j, value * sigmoid(value), count)
+            else:
+                write(out, r * outs + j, value * sigmoid(value), count)
+        j += count
+
+
+@spliced
+def _columns(narrow, views, channel, count, scratch):  # pragma: no cover
+    """The weights of the convolution for `count` channels, (K, 16), to the beginning of scratch."""
+    width = views[field.CONV_WIDTH]
+    columns, taps = pointer(scratch), pointer(scratch + 4 * WIDTH * width)
+    for i in range(0, count * width, WIDTH):
+        store(taps, i, read(like(narrow, views[field.CONV]), channel * width + i, count * width - i))
+    for k in range(width):
+        for lane in range(count):
+            columns[k * WIDTH + lane] = taps[lane * width + k]
+
+
+@spliced
+def _convolve(narrow, views, row, channel, count, x, scratch):  # pragma: no cover
+    """The convolution at x, with bias; and the new state."""
+    channels, past = views[field.CHANNELS], views[field.CONV_WIDTH] - 1
+    columns = pointer(scratch)
+    old, new = like(narrow, views[field.CONV_STATE]), like(narrow, views[field.NEW_CONV_STATE])
+    value = read_or_zero(narrow, views[field.CONV_BIAS], channel, count)
+    for k in range(past):
+        place = (row * past + k) * channels + channel
+        before = read(old, place, count)
+        value = multiply_add(before, load(columns, k * WIDTH), value)
+        if k > 0:
+            write(new, place - channels, before, count)
+    if past > 0:
+        write(new, (row * past + past - 1) * channels + channel, x, count)
+    return multiply_add(x, load(columns, past * WIDTH), value)
+
+
+@part
+def recur(narrow, views, first, last, scratch):  # pragma: no cover
+    """Channels `first` to `last` - 1 of one token: dt_proj, softplus, the recurrence, the skip and the gate to OUT."""
+    rows, channels = views[field.ROWS], views[field.CHANNELS]
+    size = 4 * WIDTH * rows
+    times, steps, out = pointer(scratch), pointer(scratch + size), pointer(scratch + 2 * size)
+    for channel in range(first, last, WIDTH):
+        count = min(WIDTH, last - channel)
+        _time_steps(narrow, views, channel, count, times)
+        bias = read_or_zero(times, views[field.DT_BIAS], channel, count)
+        skip = read(pointer(views[field.SKIP]), channel, count)
+        for r in range(rows):
+            dt = softplus(load(times, r * WIDTH) + bias)
+            u = read(pointer(views[field.U]), r * channels + channel, count)
+            store(times, r * WIDTH, dt * splat(np.float32(LOG2_E)))
+            store(steps, r * WIDTH, dt * u)
+            store(out, r * WIDTH, u * skip)
+        _advance(views, channel, count, times, steps, out)
+        for r in range(rows):
+            gate = read(pointer(views[field.GATE]), (2 * r + 1) * channels + channel, count)
+            write(pointer(views[field.OUT]), r * channels + channel, load(out, r * WIDTH) * gate, count)
+
+
+@spliced
+def _time_steps(narrow, views, channel, count, times):  # pragma: no cover
+    """times[r][lane] = dt_proj of each row for `count` channels, without bias."""
+    rank, stride = views[field.INPUTS], views[field.INPUTS] + 2 * views[field.STATES]
+    for lane in range(count):
+        for r in range(views[field.ROWS]):
+            value = splat(0.0)
+            for i in range(0, rank, WIDTH):
+                weights = read(like(narrow, views[field.DT]), (channel + lane) * rank + i, rank - i)
+                value = multiply_add(weights, read(pointer(views[field.X]), r * stride + i, rank - i), value)
+            times[r * WIDTH + lane] = total(value)
+
+
+@spliced
+def _advance(views, channel, count, times, steps, out):  # pragma: no cover
+    """h = exp(dt A) h + dt u B; out += C . h. State numbers go across the lanes, as they lie in memory."""
+    rows, channels = views[field.ROWS], views[field.CHANNELS]
+    states, rank = views[field.STATES], views[field.INPUTS]
+    for lane in range(count):
+        for n in range(0, states, WIDTH):
+            many = states - n
+            a = splat(0.0) - exp(read(pointer(views[field.A_LOG]), (channel + lane) * states + n, many))
+            for r in range(rows):
+                place = (r * channels + channel + lane) * states + n
+                selected = r * (rank + 2 * states) + rank + n
+                decay = exp2(splat(times[r * WIDTH + lane]) * a)
+                h = splat(steps[r * WIDTH + lane]) * read(pointer(views[field.X]), selected, many)
+                h = multiply_add(decay, read(pointer(views[field.STATE]), place, many), h)
+                write(pointer(views[field.NEW_STATE]), place, h, many)
+                out[r * WIDTH + lane] += total(h * read(pointer(views[field.X]), selected + states, many))

@@ -1,0 +1,39 @@
+"""What single blocks remember of the tokens they have read: one named tuple of arrays for each kind of mixer.
+
+Dimensions: B batch, K d_conv, C channels of the convolution, D d_inner, N d_state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from mambax.backend import Array
+
+
+class LayerState(NamedTuple):
+    """The state of a state-space mixer.
+
+    Attributes:
+        conv: (B, K-1, C) the last inputs of the convolution, in the dtype of the activations.
+        ssm: (B, D, N) the state of the recurrence, float32.
+    """
+
+    conv: Array
+    ssm: Array
+
+
+class NoState(NamedTuple):
+    """The state of a block that remembers nothing, such as an MLP."""
+
+
+KINDS: tuple[type[Any], ...] = (LayerState, NoState)
+"""Every kind of layer state that a file may hold; no two have the same fields."""
+
+
+def of_fields(fields: dict[str, Any]) -> Any:
+    """The layer state that has exactly these fields.
+
+    Raises:
+        KeyError: when there is none.
+    """
+    return {frozenset(kind._fields): kind for kind in KINDS}[frozenset(fields)](**fields)

@@ -1,0 +1,146 @@
+"""Checkpoints of a run: folders ``step-00000200`` that appear complete or not at all.
+
+Each is a checkpoint in Hugging Face layout, which :func:`mambax.load` and transformers open, with what training
+needs beside it: ``optimizer.safetensors`` (moments and random states), ``state-<i>.safetensors`` (the recurrent
+state of each part of a batch, where it is carried on) and ``training.json``. It is written beside its place,
+flushed to the disk and renamed, so that a process killed at any moment leaves the one before.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambax.checkpoint.json_files import dump_object, read_object
+from mambax.checkpoint.safetensors_files import SafetensorsFile, write_safetensors
+from mambax.checkpoint.sources import open_source
+from mambax.checkpoint.tensors import TensorInfo
+from mambax.checkpoint.weights import open_weights
+from mambax.state import InferenceParams
+from mambax.training.engine import Engine
+
+OPTIMIZER, INFO = "optimizer.safetensors", "training.json"
+_FORMAT = {"format": "mambax-training", "version": 1}
+_NAME = re.compile(r"step-(\d{8,})")
+_STAGING = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.(tmp|old)")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as it was read: its info, weights and arrays of the engine, and where its states are."""
+
+    info: dict[str, Any]
+    weights: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
+    states: tuple[Path, ...]
+
+
+class Checkpoints:
+    """The checkpoints in a folder.
+
+    Args:
+        folder: where they are; made when the first is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, step: int) -> Path:
+        """Of the checkpoint after so many steps."""
+        return self.folder / f"step-{step:08}"
+
+    def steps(self) -> list[int]:
+        """Those that are there, in order."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(name[1]) for name in names if name)
+
+    def latest(self) -> Path | None:
+        """The last one; None when there is none."""
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def write(self, step: int, engine: Engine, states: Sequence[InferenceParams], info: dict[str, Any]) -> Path:
+        """Write a checkpoint.
+
+        Raises:
+            ValueError: for weights or states that are not finite.
+            OSError: when it cannot be written. Those that are there stay as they are in either case.
+        """
+        target = self.path(step)
+        if target.exists():
+            return target
+        staging = self.folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
+        try:
+            staging.mkdir(parents=True)
+            engine.save_model(staging)
+            arrays = engine.arrays()
+            infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays.items()}
+            write_safetensors(staging / OPTIMIZER, infos, lambda name: arrays[name], {})
+            for i, state in enumerate(states):
+                state.save(staging / f"state-{i}.safetensors")
+            (staging / INFO).write_bytes(dump_object(_FORMAT | {"step": step, "states": len(states)} | info))
+            _flush(staging)
+            staging.replace(target)
+            _flush_folder(self.folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return target
+
+    def read(self, path: Path) -> Saved:
+        """Read a checkpoint into memory.
+
+        Raises:
+            ValueError: when it is damaged, saying how to go back to another one.
+        """
+        try:
+            info = read_object(path / INFO)
+            if {key: info.get(key) for key in _FORMAT} != _FORMAT:
+                raise ValueError(f"{path / INFO}: expected {_FORMAT}")
+            weights = {name: file.read(name) for name, file in open_weights(open_source(path)).items()}
+            optimizer = SafetensorsFile(path / OPTIMIZER)
+            arrays = {name: optimizer.read(name) for name in optimizer.tensors}
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{path}: this checkpoint cannot be read: {error}. To go on from the one before, delete this folder"
+            ) from error
+        return Saved(info, weights, arrays, tuple(path / f"state-{i}.safetensors" for i in range(info["states"])))
+
+    def prune(self, keep: set[int]) -> None:
+        """Delete all but some, and what killed processes left behind."""
+        for step in self.steps():
+            if step not in keep:
+                # renamed first: a folder with the name of a checkpoint is a whole one
+                old = self.folder / f".{self.path(step).name}.{secrets.token_hex(4)}.old"
+                self.path(step).replace(old)
+        for path in self.folder.glob(".step-*"):
+            if _STAGING.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk. Windows has no such call, and does not need it."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,203 @@
+"""Every family against transformers: logits, text, files that go both ways; and the laws of the state.
+
+Dimensions: B batch, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import family_cases
+import numpy as np
+import pytest
+from harness import (
+    WITH_GRADIENTS,
+    assert_states_close,
+    backend_params,
+    run,
+    state_arrays,
+    token_ids,
+)
+from tolerances import FORWARD, GRADIENT, assert_close, relative_error
+
+import mambax
+
+CASES = pytest.mark.parametrize("case", sorted(family_cases.CASES))
+BACKENDS = pytest.mark.parametrize("backend", backend_params())
+LENGTHS = (1, 2, 5, 64, 257, 1000)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(folder, model of transformers) of a case, made once."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def of(case: str) -> tuple[Path, Any]:
+        if case not in made:
+            folder = tmp_path_factory.mktemp(case.replace("/", "-"))
+            made[case] = folder, family_cases.write(case, folder)
+        return made[case]
+
+    return of
+
+
+def logits_of(theirs: Any, ids: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return theirs(torch.from_numpy(ids), use_cache=False).logits.float().numpy()
+
+
+@CASES
+@BACKENDS
+def test_logits_are_those_of_transformers(checkpoints, case, backend):
+    folder, theirs = checkpoints(case)
+    model = mambax.load(folder, backend=backend)
+    for length in LENGTHS:
+        ids = token_ids(2, length, family_cases.VOCABULARY)
+        assert_close(run(model, ids)[0], logits_of(theirs, ids), what=f"length {length}")
+
+
+@CASES
+@BACKENDS
+def test_greedy_text_is_that_of_transformers(checkpoints, case, backend):
+    import torch
+
+    folder, theirs = checkpoints(case)
+    ids = token_ids(1, 9, family_cases.VOCABULARY)
+    with torch.no_grad():
+        want = theirs.generate(
+            torch.from_numpy(ids), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    got = mambax.load(folder, backend=backend).generate(ids[0].tolist(), max_new_tokens=64, eos=())
+    assert got.tokens == want[0, 9:].tolist()
+
+
+@CASES
+@BACKENDS
+def test_transformers_reads_what_mambax_saves(checkpoints, case, backend, tmp_path):
+    folder, theirs = checkpoints(case)
+    mambax.load(folder, backend=backend).save_pretrained(tmp_path)
+    again, report = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    ids = token_ids(2, 33, family_cases.VOCABULARY)
+    np.testing.assert_array_equal(logits_of(again.eval(), ids), logits_of(theirs, ids))
+
+
+@CASES
+@BACKENDS
+def test_one_call_is_any_split(checkpoints, case, backend):
+    model = mambax.load(checkpoints(case)[0], backend=backend)
+    ids = token_ids(2, 300, family_cases.VOCABULARY)
+    whole, end = run(model, ids)
+    for cuts in ((1, 2, 3, 50), (130, 256, 299)):
+        state, parts = None, []
+        for start, stop in zip((0, *cuts), (*cuts, 300), strict=True):
+            logits, state = run(model, ids[:, start:stop], state)
+            parts.append(logits)
+        assert_close(np.concatenate(parts, 1), whole, what=f"cut at {cuts}")
+        assert_states_close(state, end)
+
+
+@CASES
+@BACKENDS
+def test_a_padded_row_is_that_row_alone(checkpoints, case, backend):
+    """Left, right and in the middle, in a fresh text and in one that goes on from a state."""
+    model = mambax.load(checkpoints(case)[0], backend=backend)
+    ids = token_ids(3, 40, family_cases.VOCABULARY)
+    mask = np.ones((3, 40), bool)
+    mask[0, :13] = mask[1, 30:] = mask[2, 7:15] = False
+    for continued in (False, True):
+        state = run(model, token_ids(3, 11, family_cases.VOCABULARY))[1] if continued else None
+        logits, _ = run(model, ids, state, mask)
+        for row in range(3):
+            own = None if state is None else state.select(row)
+            alone, _ = run(model, ids[row : row + 1, mask[row]], own)
+            assert_close(logits[row, mask[row]], alone[0], what=f"row {row}, continued: {continued}")
+
+
+@CASES
+@BACKENDS
+def test_a_packed_row_is_its_texts_one_by_one(checkpoints, case, backend):
+    model = mambax.load(checkpoints(case)[0], backend=backend)
+    ids = token_ids(1, 60, family_cases.VOCABULARY)
+    begins = np.zeros((1, 60), bool)
+    begins[0, [3, 4, 41]] = True
+    logits, _ = run(model, ids, boundaries=begins)
+    for start, stop in ((0, 3), (3, 4), (4, 41), (41, 60)):
+        assert_close(logits[:, start:stop], run(model, ids[:, start:stop])[0], what=f"text {start} to {stop}")
+
+
+@CASES
+def test_a_state_moves_between_backends(checkpoints, case, tmp_path):
+    ids = token_ids(2, 50, family_cases.VOCABULARY)
+    whole = logits_of(checkpoints(case)[1], ids)
+    names = [name for name in ("torch", "mlx", "numpy") if name in mambax.backend_names()]
+    state_file, start = tmp_path / "a.state", 0
+    for name, stop in zip(names, (20, 35, 50), strict=False):
+        model = mambax.load(checkpoints(case)[0], backend=name)
+        state = model.load_state(state_file) if start else None
+        logits, state = run(model, ids[:, start:stop], state)
+        assert_close(logits, whole[:, start:stop], what=name)
+        state.save(state_file)
+        start = stop
+
+
+@CASES
+def test_gradients_of_torch_and_mlx_are_those_of_transformers(checkpoints, case):
+    import torch
+
+    folder, theirs = checkpoints(case)
+    ids = token_ids(2, 21, family_cases.VOCABULARY)
+    probe = np.random.default_rng(0).standard_normal((2, 21, family_cases.VOCABULARY)).astype(np.float32)
+    theirs.zero_grad()
+    (theirs(torch.from_numpy(ids), use_cache=False).logits.float() * torch.from_numpy(probe)).sum().backward()
+    want = {
+        path: parameter.grad.numpy() for path, parameter in theirs.named_parameters() if parameter.grad is not None
+    }
+    sizes = sorted(np.linalg.norm(gradient) for gradient in want.values())
+    for backend in WITH_GRADIENTS:
+        model = mambax.load(folder, backend=backend)
+        got = gradients_of(model, ids, probe)
+        norms = sorted(np.linalg.norm(gradient) for gradient in got.values())
+        if len(norms) == len(sizes):  # the same tensors, perhaps under other names
+            assert_close(np.array(norms), np.array(sizes), tolerance=GRADIENT["float32"], what=backend)
+        embeddings = got["backbone.embeddings.weight"]
+        table = next(want[path] for path in want if "embed" in path)
+        assert_close(embeddings, table, tolerance=GRADIENT["float32"], what=backend)
+
+
+def gradients_of(model: Any, ids: np.ndarray, probe: np.ndarray) -> dict[str, np.ndarray]:
+    nn = model.nn
+    if nn.name == "torch":
+        (model(ids).logits * nn.from_numpy(probe)).sum().backward()
+        return {name: array.grad.numpy() for name, array in nn.parameters(model).items() if array.grad is not None}
+    import mlx.nn
+    from mlx.utils import tree_flatten
+
+    _, found = mlx.nn.value_and_grad(model, lambda: (model(ids).logits * nn.from_numpy(probe)).sum())()
+    return {name: np.array(array) for name, array in tree_flatten(found)}
+
+
+@CASES
+@BACKENDS
+def test_a_planted_error_is_caught(checkpoints, case, backend):
+    """One per cent in one matrix of the last block."""
+    folder, theirs = checkpoints(case)
+    model = mambax.load(folder, backend=backend)
+    nn, parameters = model.nn, model.nn.parameters(model)
+    name = [n for n, a in parameters.items() if "layers." in n and len(a.shape) == 2 and n.endswith("weight")][-1]
+    nn.set_parameters(model, {name: nn.from_numpy(np.float32(1.01) * nn.to_numpy(parameters[name]))})
+    ids = token_ids(2, 64, family_cases.VOCABULARY)
+    assert relative_error(run(model, ids)[0], logits_of(theirs, ids)) > 10 * FORWARD["float32"]
+
+
+@CASES
+def test_the_state_has_the_arrays_that_its_file_is_named_by(checkpoints, case):
+    model = mambax.load(checkpoints(case)[0], backend="numpy")
+    arrays = state_arrays(run(model, token_ids(1, 5, family_cases.VOCABULARY))[1])
+    fresh = state_arrays(model.init_state(1))
+    assert arrays.keys() == fresh.keys()
+    for name, array in arrays.items():
+        assert array.dtype == fresh[name].dtype, name
