@@ -130,6 +130,8 @@ class Backend(Ops, Protocol):
         self,
     ) -> Mapping[str, str]: ...  # name -> "" if it runs here, else why it does not
 
+    def describe(self) -> Mapping[str, str]: ...  # the preferred device and what runs each op there, for people
+
     # --- structure -------------------------------------------------------------------------------------------
 
     @property
@@ -182,7 +184,9 @@ class Backend(Ops, Protocol):
 
     # --- quantised weights -----------------------------------------------------------------------------------
 
-    def quantize(self, model: Any, kind: str, group_size: int = 32) -> Any: ...  # in place; see mambax.quantization
+    def quantize(self, model: Any, kind: Any, group_size: int = 32) -> Any: ...  # in place; see mambax.quantization
+
+    # kind: "int8" or "int4"; with MLX's packing also bits, or an Affine that names the layers (mambax.affine)
 
     # of placeholders, placeholders; `parameters` and `set_parameters` reach the arrays that take their place
 
@@ -218,12 +222,21 @@ class Backend(Ops, Protocol):
         activation: str | None = "silu",
     ) -> tuple[Array, Array]: ...  # y (B, L, D), final state (B, K-1, D)
 
+    def decode_step(
+        self, layers: Sequence[Any], hidden: Array, states: Sequence[Any]
+    ) -> tuple[Array, tuple[Any, ...]] | None: ...
+
+    # One token through a stack of blocks at once: hidden (B, 1, M) and the states of the blocks, to hidden (B, 1, M)
+    # and the states after. The same, within rounding, as calling one block after the other, which is what the
+    # caller does for None: where nothing is gained, and where anything in the stack is not what mambax makes
+    # (another mixer, a hook, a gradient that is wanted, ...). The states may share one piece of memory.
+
     # --- gradients in less memory ----------------------------------------------------------------------------
 
     def recomputed(self, module: Any) -> Callable[..., Any]: ...
 
-    # the module as a function of arrays, tuples of them and None, whose intermediate results are computed again for
-    # the gradient instead of kept
+    # the module as a function of arrays, tuples of them and None, whose intermediate results are computed again
+    # for the gradient instead of kept
 
     def summed_over_chunks(
         self, module: Any, function: Callable[..., tuple[Array, ...]], arrays: Sequence[Array], rows: int
@@ -231,6 +244,24 @@ class Backend(Ops, Protocol):
 
     # the sum of what function(*chunk) returns for each chunk of so many rows of the arrays, in both directions with
     # the intermediate results of one chunk at a time. Of parameters, it may use the module's.
+
+    def ssd(
+        self,
+        x: Array,  # (B, L, H, P)
+        dt: Array,  # (B, L, H)
+        A: Array,  # (H,)
+        B: Array,  # (B, L, G, N)
+        C: Array,  # (B, L, G, N)
+        D: Array | None = None,  # (H,)
+        *,
+        dt_bias: Array | None = None,  # (H,)
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        initial_state: Array | None = None,  # (B, H, P, N)
+        mask: Array | None = None,  # (B, L) bool
+        boundaries: Array | None = None,  # (B, L) bool
+        impl: str = "auto",
+    ) -> tuple[Array, Array]: ...  # y (B, L, H, P) in the dtype of x, final state (B, H, P, N) float32
 
     # --- the host edge ---------------------------------------------------------------------------------------
 

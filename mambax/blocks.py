@@ -48,7 +48,7 @@ class MambaMixer:
             init.conv_weight(config), init.conv_bias(config) if config.use_conv_bias else None
         )
         self.x_proj = nn.Linear(init.linear(R + 2 * N, D), None)
-        self.dt_proj = nn.Linear(init.dt_weight(config), init.dt_bias(config))
+        self.dt_proj = nn.Linear(init.dt_weight(config), init.dt_bias(config, D))
         if config.dt_b_c_norm == "learned":
             eps = config.dt_b_c_norm_epsilon
             self.dt_layernorm = nn.RMSNorm(init.full((R,), 1.0), eps)
@@ -57,7 +57,7 @@ class MambaMixer:
         self.A_log = nn.Parameter(init.A_log(config))  # (D, N)
         self.D = nn.Parameter(init.full((D,), 1.0))  # (D,)
         self.out_proj = nn.Linear(
-            init.out_proj(config), init.full((config.d_model,), 0.0) if config.use_bias else None
+            init.out_proj(config, D), init.full((config.d_model,), 0.0) if config.use_bias else None
         )
 
     def forward(

@@ -48,6 +48,76 @@ def _check_choice(config: object, field: str, choices: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mamba2Options:
+    """The sizes of a model's Mamba-2 mixers, those of ``layer_types`` ``"mamba2"``.
+
+    Args:
+        n_heads: H, number of heads.
+        head_dim: P, channels of a head; ``d_inner`` is ``n_heads * head_dim``.
+        d_state: N, the size of the state of each channel.
+        n_groups: G, groups of heads that share B and C and, in the gated norm, a mean square; divides n_heads.
+        d_conv: K, the width of the causal convolution.
+        dt_limit: smallest and largest time step.
+        use_bias: biases in ``in_proj`` and ``out_proj``.
+        use_conv_bias: a bias in the convolution.
+        norm_epsilon: added to the mean square in the gated norm.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+
+    Source: ``Mamba2.__init__`` of mamba_ssm; Dao and Gu 2024, section 7.
+    """
+
+    n_heads: int
+    head_dim: int = 64
+    d_state: int = 128
+    n_groups: int = 1
+    d_conv: int = 4
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    norm_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_int(self, "n_heads", 1, 2**20)
+        _check_int(self, "head_dim", 1, 2**16)
+        _check_int(self, "d_state", 1, 4096)
+        _check_int(self, "n_groups", 1, self.n_heads)
+        if self.n_heads % self.n_groups:
+            _fail(self, "n_groups", self.n_groups, f"a divisor of n_heads ({self.n_heads})")
+        _check_int(self, "d_conv", 1, 64)
+        limit = self.dt_limit if isinstance(self.dt_limit, (tuple, list)) else ()
+        numbers = all(isinstance(x, Real) and not isinstance(x, bool) for x in limit)
+        if len(limit) != 2 or not numbers or not 0 <= limit[0] < limit[1]:
+            _fail(self, "dt_limit", self.dt_limit, "two numbers from 0, the smaller first")
+        object.__setattr__(self, "dt_limit", (float(limit[0]), float(limit[1])))
+        _check_bool(self, "use_bias", "use_conv_bias")
+        _check_float(self, "norm_epsilon", 0, 1)
+
+    @property
+    def d_inner(self) -> int:
+        """Width of the state-space branch, ``n_heads * head_dim``."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.d_state
+
+
+def _check_options(config: object, field: str, options: type[Any]) -> None:
+    """Make options of a plain dict, as a file has them."""
+    value = getattr(config, field)
+    if isinstance(value, dict):
+        known = {item.name for item in dataclasses.fields(options)}
+        if not value.keys() <= known:
+            _fail(config, field, sorted(value.keys() - known), f"fields of {options.__name__}")
+        object.__setattr__(config, field, options(**value))
+    elif value is not None and not isinstance(value, options):
+        _fail(config, field, value, f"{options.__name__} or None")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MambaConfig:
     """The core of a model: a stack of residual blocks, selective state-space ones at first, without a vocabulary.
 
@@ -73,6 +143,7 @@ class MambaConfig:
         dt_b_c_norm_epsilon: added to the mean square in these.
         layer_types: the kind of mixer of each block, n_layer names of ``Block.mixers``; ``"mamba"`` everywhere
             when None.
+        mamba2: the sizes of the blocks of kind ``"mamba2"``; None where there are none.
         family: the family of checkpoints as which the model is written, a name of :data:`mambax.families.FAMILIES`;
             when None, ``"mamba"`` for a model that Mamba-1 checkpoints can describe, else ``"mambax"``.
         scan: name of the selective-scan implementation, or ``"auto"``; not a property of the weights, so it is
@@ -103,6 +174,7 @@ class MambaConfig:
     dt_b_c_norm: Literal["none", "weightless", "learned"] = "none"
     dt_b_c_norm_epsilon: float = 1e-6
     layer_types: tuple[str, ...] | None = None
+    mamba2: Mamba2Options | None = None
     family: str | None = None
     scan: str = "auto"
 
@@ -129,6 +201,7 @@ class MambaConfig:
         _check_choice(self, "dt_init", ("random", "constant"))
         _check_choice(self, "dt_b_c_norm", ("none", "weightless", "learned"))
         _check_float(self, "dt_b_c_norm_epsilon", 0, 1)
+        _check_options(self, "mamba2", Mamba2Options)
         self._check_layer_types()
         if self.family is None:
             plain = set(self.layer_kinds) == {"mamba"} and self.dt_b_c_norm == "none"

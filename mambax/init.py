@@ -97,18 +97,24 @@ class Initializer:
         shape = (config.d_inner, rank)
         return self.full(shape, bound) if config.dt_init == "constant" else self.uniform(shape, bound)
 
-    def dt_bias(self, config: MambaConfig) -> Initial:
-        """(D,): such that ``softplus(bias)`` is log-uniform in [dt_min, dt_max], not below the floor."""
+    def A_log_of_heads(self, heads: int) -> Initial:
+        """(heads,): the logarithm of values uniform in [1, 16), as the official Mamba-2 has it."""
         if self._rng is None:
-            return Placeholder((config.d_inner,))
+            return Placeholder((heads,))
+        return np.log(self._rng.uniform(1, 16, heads)).astype(np.float32)
+
+    def dt_bias(self, config: MambaConfig, count: int) -> Initial:
+        """(count,): such that ``softplus(bias)`` is log-uniform in [dt_min, dt_max], not below the floor."""
+        if self._rng is None:
+            return Placeholder((count,))
         low, high = math.log(config.dt_min), math.log(config.dt_max)
-        dt = np.exp(low + (high - low) * self._rng.random(config.d_inner))
+        dt = np.exp(low + (high - low) * self._rng.random(count))
         dt = np.maximum(dt, config.dt_init_floor)
         return (dt + np.log(-np.expm1(-dt))).astype(np.float32)
 
-    def out_proj(self, config: MambaConfig) -> Initial:
-        """(d_model, D): the default of a linear layer, divided by ``sqrt(n_layer)`` if so configured."""
-        bound = config.d_inner**-0.5
+    def out_proj(self, config: MambaConfig, d_inner: int) -> Initial:
+        """(d_model, d_inner): the default of a linear layer, divided by ``sqrt(n_layer)`` if so configured."""
+        bound = d_inner**-0.5
         if config.rescale_prenorm_residual:
             bound /= math.sqrt(config.n_layer)
-        return self.uniform((config.d_model, config.d_inner), bound)
+        return self.uniform((config.d_model, d_inner), bound)

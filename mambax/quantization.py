@@ -17,10 +17,12 @@ blocks with zeros.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from mambax.affine import Affine
 
 BLOCK = 128
 """Inputs of a row of int4 that are stored together."""
@@ -99,12 +101,17 @@ def layout(kind: str, outputs: int, inputs: int, group_size: int = 32) -> Layout
     }
 
 
-def check_kind(kind: str, group_size: int) -> None:
+def check_kind(kind: Any, group_size: int) -> None:
     """Refuse a kind or group size that there is not.
 
     Raises:
         ValueError: with those that there are.
     """
+    if isinstance(kind, Affine):
+        raise ValueError(
+            f"the weights are quantised as MLX packs them, {kind.default}, which the mlx backend alone reads; load "
+            "with backend='mlx', or take the full weights"
+        )
     if kind not in KINDS:
         raise ValueError(f"quantize is {kind!r}; expected one of {', '.join(map(repr, KINDS))}")
     if group_size not in GROUP_SIZES:

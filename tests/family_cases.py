@@ -26,11 +26,61 @@ def falcon_mamba(**changes: Any) -> Any:
     return transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**(fields | changes)))
 
 
+def mamba2(**changes: Any) -> Any:
+    import transformers
+
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 36, "num_hidden_layers": 3, "state_size": 10, "conv_kernel": 4,
+        "expand": 2, "num_heads": 12, "head_dim": 6, "n_groups": 3, "chunk_size": 16,
+    }  # fmt: skip
+    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**(fields | changes)))
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "falcon_mamba": falcon_mamba,
     "falcon_mamba-biases-tied": lambda: falcon_mamba(use_bias=True, tie_word_embeddings=True, conv_kernel=3),
+    "mamba2": mamba2,
+    "mamba2-limits": lambda: mamba2(time_step_limit=[0.05, 0.2], n_groups=1, use_bias=True, use_conv_bias=False),
+    "mamba2-codestral": lambda: mamba2(
+        hidden_size=64, num_heads=2, head_dim=64, state_size=128, n_groups=2, vocab_size=112, num_hidden_layers=2
+    ),
+    "mamba2-tied": lambda: mamba2(n_groups=12, tie_word_embeddings=True, conv_kernel=2, layer_norm_epsilon=1e-3),
 }
 """Name -> what makes the model of transformers, with its initial weights."""
+
+
+OriginalMamba2 = tuple[dict[str, Any], dict[str, Any]]
+"""A ``config.json`` and the tensors beside it."""
+
+
+def original_mamba2(theirs: Any, **changes: Any) -> OriginalMamba2:
+    """The config and tensors of the official package for a Mamba-2 model of transformers with its defaults: a head
+    of 64 channels, 128 states, a convolution over 4 inputs. The vocabulary is padded to a multiple of 16."""
+    config = theirs.config
+    ssm_cfg = {
+        "layer": "Mamba2",
+        "ngroups": config.n_groups,
+        "headdim": config.head_dim,
+        "d_state": config.state_size,
+    }
+    raw = {
+        "d_model": config.hidden_size, "n_layer": config.num_hidden_layers, "vocab_size": VOCABULARY - 4,
+        "ssm_cfg": ssm_cfg, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
+        "tie_embeddings": config.tie_word_embeddings, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {},
+    }  # fmt: skip
+    tensors = {name.replace("embeddings", "embedding"): tensor for name, tensor in theirs.state_dict().items()}
+    return raw | changes, tensors
+
+
+def codestral(theirs: Any) -> OriginalMamba2:
+    """Mistral's ``params.json`` and tensors for such a model."""
+    config = theirs.config
+    raw = {
+        "dim": config.hidden_size, "n_layers": config.num_hidden_layers, "vocab_size": config.vocab_size,
+        "n_groups": config.n_groups, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
+        "pad_vocab_size_multiple": 1, "tie_embeddings": config.tie_word_embeddings, "model_type": "mamba",
+    }  # fmt: skip
+    return raw, {f"model.{name}": tensor for name, tensor in original_mamba2(theirs)[1].items()}
 
 
 def build(name: str) -> Any:

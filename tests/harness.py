@@ -28,14 +28,28 @@ def backend_params(names: tuple[str, ...] = BACKENDS) -> list[Any]:
     return [name if is_installed(name) else pytest.param(name, marks=missing) for name in names]
 
 
-def scan_params(names: tuple[str, ...] = BACKENDS) -> list[Any]:
-    """(backend, implementation) for every scan implementation that runs here, and "auto"."""
+def scan_params(names: tuple[str, ...] = BACKENDS, *, gpu: bool = False) -> list[Any]:
+    """(backend, implementation) for every scan implementation that runs here, and "auto".
+
+    "triton" for tests that put arrays where :func:`device_of` says, and where there is a GPU: its interpreter takes
+    a hundred times as long, and test_triton_scan.py runs the tests that it can take.
+    """
     return [
         (name, impl)
         for name in names
         if is_installed(name)
         for impl in ("auto", *(i for i, reason in get_backend(name).scan_implementations().items() if not reason))
+        if impl != "triton" or (gpu and device_of(impl))
     ]
+
+
+def device_of(impl: str) -> str | None:
+    """Where arrays have to be for an implementation of the scan, as `from_numpy` takes it."""
+    if impl != "triton":
+        return None
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else None
 
 
 def config_of(**changes: Any) -> MambaLMConfig:

@@ -11,14 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from harness import scan_params
+from harness import device_of, scan_params
 from tolerances import FORWARD, assert_close, relative_error
 
 from mambax import get_backend, scan
 
-SCANS = pytest.mark.parametrize(("backend", "impl"), scan_params())
+SCANS = pytest.mark.parametrize(("backend", "impl"), scan_params(gpu=True))
 ALGORITHMS = pytest.mark.parametrize("impl", sorted(scan.ALGORITHMS))
-EXACT = ("auto", "sequential", "pscan", "cpu")
+EXACT = ("auto", "sequential", "pscan", "cpu", "triton")
 """Implementations that keep their digits whatever the decay; ``logcumsumexp`` is for study and does not."""
 
 
@@ -45,7 +45,10 @@ def arguments(length: int, *, batch: int = 2, channels: int = 5, n: int = 3) -> 
 def call(backend: str, impl: str, values: dict[str, Any], **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """The op of a backend on NumPy values; y and the final state as float64."""
     nn = get_backend(backend)
-    arrays = {name: None if value is None else nn.from_numpy(value) for name, value in values.items()}
+    device = device_of(impl)
+    arrays = {
+        name: None if value is None else nn.from_numpy(value, device=device) for name, value in values.items()
+    }
     y, final = nn.selective_scan(**arrays, impl=impl, **options)
     assert y.dtype == arrays["u"].dtype
     assert final.dtype == (nn.float64 if arrays["u"].dtype == nn.float64 else nn.float32)
@@ -149,8 +152,8 @@ def test_float64_inputs_are_computed_in_float64(backend, impl):
     if impl == "logcumsumexp":
         pytest.skip("bounded by its own table below")
     values = {name: np.float64(value) for name, value in arguments(300).items()}
-    if impl == "cpu":
-        with pytest.raises(ValueError, match=r"'cpu' cannot run here: .* float64"):
+    if impl in ("cpu", "triton"):
+        with pytest.raises(ValueError, match=rf"'{impl}' cannot run here: .* float64"):
             call(backend, impl, values, delta_softplus=True)
         return
     check(backend, impl, values, "float64", delta_softplus=True)

@@ -17,6 +17,7 @@ import numpy as np
 from mambax.quantization import Quantized
 from mambax_cpu import linear_kernels as kernels
 from mambax_cpu import phase_table as field
+from mambax_cpu import products
 from mambax_cpu.chain import KERNELS, Weights, perform, prepared_size, product_phase, table_of
 from mambax_cpu.linear_tiles import GROUP
 from mambax_cpu.operands import check_shape, refuse_float64
@@ -120,7 +121,7 @@ def apply(
         for first in range(0, weights.outputs, height):
             last = min(first + height, weights.outputs)
             widen(weights, address_of(chunk), first, last, threads=threads)
-            np.matmul(x, chunk[: last - first].T, out=y[:, first:last])
+            products.fastest(x, chunk[: last - first], out=y[:, first:last], threads=threads)
         if bias is not None:
             y += bias
     return y.reshape(*batch, weights.outputs)
@@ -149,7 +150,8 @@ def linear(
     weight = _aligned(weight)
     if kind == "float32" and math.prod(x.shape[:-1]) > FEW_ROWS:
         refuse_float64("linear", x)
-        y = x.astype(np.float32, copy=False) @ weight.T
+        rows = x.astype(np.float32, copy=False).reshape(-1, x.shape[-1])
+        y = products.fastest(rows, weight, threads=threads).reshape(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y + bias.astype(np.float32, copy=False)
     return apply(Weights(kind, weight.shape[0], weight.shape[1], address_of(weight)), x, bias, threads=threads)
 

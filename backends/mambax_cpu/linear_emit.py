@@ -133,6 +133,19 @@ class Emitter:
                 index = self.plus(self.times(stride, r), j)
                 b.store(b.extract_element(value, ir.Constant(LANE, 0)), b.gep(out, [index]))
 
+    def lanes_added(self, vectors: list[Any]) -> Any:
+        """Of sixteen vectors, the sum of the lanes of each; always added in the same order."""
+        while len(vectors) > 1:
+            vectors = [self._halves_added(*vectors[i : i + 2], len(vectors)) for i in range(0, len(vectors), 2)]
+        return vectors[0]
+
+    def _halves_added(self, a: Any, b: Any, length: int) -> Any:
+        """Of runs of so many lanes in a, then in b, the first half of each plus the second: half as long, as many."""
+        starts = [start + i for start in range(0, 2 * WIDTH, length) for i in range(length // 2)]
+        first = self.builder.shuffle_vector(a, b, ir.Constant(INTEGERS, starts))
+        second = self.builder.shuffle_vector(a, b, ir.Constant(INTEGERS, [i + length // 2 for i in starts]))
+        return self.builder.fadd(first, second)
+
     def widened(self, stored: Any, element: Any) -> Any:
         """Sixteen stored weights as float32."""
         b = self.builder

@@ -21,7 +21,7 @@ from numba.core import cgutils
 from mambax.quantization import BLOCK
 from mambax_cpu.compilation import intrinsic
 from mambax_cpu.linear_emit import FLOATS, INDEX, INTEGERS, STORED, Emitter
-from mambax_cpu.simd import WIDTH, address_of, floats
+from mambax_cpu.simd import WIDTH, address_of, floats, lanes
 
 GROUP = 32
 """Inputs that share a scale, at least."""
@@ -92,6 +92,44 @@ def tile(
 
     number = types.int64
     return types.void(weights, number, number, floats, number, floats, number, J, R), generate
+
+
+@intrinsic
+def dot_rows(typing_context: Any, weights: Any, count: Any, x: Any, inputs: Any) -> Any:
+    """weights[j] . x in lane j, for the `count` rows, up to sixteen, of `inputs` weights; they follow one another.
+
+    Args:
+        weights: an address; its type says how weights are stored.
+        x: an address, float32.
+    """
+    element = weights.dtype
+    stored = STORED[element]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, count, x, inputs = args
+        emit, b = Emitter(builder), builder
+        rows = []
+        for j in range(WIDTH):  # those that are not there stand for the last
+            row = b.sub(count, emit.index(1)) if j else emit.index(0)
+            row = b.select(b.icmp_signed("<", emit.index(j), count), emit.index(j), row)
+            rows.append(b.gep(base, [b.mul(row, inputs)]))
+        sums = emit.sums(WIDTH, 1)
+        whole = b.and_(inputs, emit.index(-WIDTH))
+        with cgutils.for_range_slice(b, emit.index(0), whole, emit.index(WIDTH), INDEX) as (i, _):
+            value = emit.load(x, i)
+            for row, (place,) in zip(rows, sums, strict=True):
+                emit.fetch(row, b.add(i, emit.times(inputs, WIDTH)))  # of the sixteen rows after these
+                emit.add_product(emit.widened(emit.load(row, i, stored), element), value, place)
+        rest = b.sub(inputs, whole)
+        with b.if_then(b.icmp_signed(">", rest, emit.index(0))):
+            present = emit.present(rest)
+            value = emit.load_some(x, whole, present)
+            for row, (place,) in zip(rows, sums, strict=True):
+                some = emit.load_some(row, whole, present, stored)
+                emit.add_product(emit.widened(some, element), value, place)
+        return emit.lanes_added([b.load(place) for (place,) in sums])
+
+    return lanes(weights, types.int64, floats, types.int64), generate
 
 
 @_with_sizes

@@ -12,7 +12,8 @@ import numpy as np
 
 from mambax_cpu import phase_table as field
 from mambax_cpu.compilation import part, spliced
-from mambax_cpu.precision import like, read, read_or_zero, write
+from mambax_cpu.linear_tiles import dot_rows, moved
+from mambax_cpu.precision import like, read, read_or_zero, sums_of_rows, write
 from mambax_cpu.simd import (
     LOG2_E,
     WIDTH,
@@ -21,6 +22,7 @@ from mambax_cpu.simd import (
     load,
     multiply_add,
     pointer,
+    prefetch,
     sigmoid,
     softplus,
     splat,
@@ -123,55 +125,59 @@ def _convolve(narrow, views, row, channel, count, x, scratch):  # pragma: no cov
 
 
 @part
-def recur(narrow, views, first, last, scratch):  # pragma: no cover
-    """Channels `first` to `last` - 1 of one token: dt_proj, softplus, the recurrence, the skip and the gate to OUT."""
-    rows, channels = views[field.ROWS], views[field.CHANNELS]
+def recur(narrow, views, first, last, slots, scratch):  # pragma: no cover
+    """Channels `first` to `last` - 1 of one token: dt_proj, softplus, the recurrence, the skip and the gate to OUT.
+
+    While it computes, weights of the next phase are fetched: those that the same slot will need first.
+    """
+    rows, channels, rank = views[field.ROWS], views[field.CHANNELS], views[field.INPUTS]
     size = 4 * WIDTH * rows
-    times, steps, out = pointer(scratch), pointer(scratch + size), pointer(scratch + 2 * size)
+    times, steps, skipped = pointer(scratch), pointer(scratch + size), pointer(scratch + 2 * size)
+    products = pointer(scratch + 3 * size)  # (B, 16, 16)
+    slot = first * slots // channels
+    following = moved(views, field.FIELDS)
+    fetched = following[field.WEIGHT] + following[field.NBYTES] * slot // slots
+    fetched -= channels * slot // slots * 64 * views[field.FETCHED]
     for channel in range(first, last, WIDTH):
         count = min(WIDTH, last - channel)
-        _time_steps(narrow, views, channel, count, times)
+        weights = moved(like(narrow, views[field.DT]), channel * rank)
         bias = read_or_zero(times, views[field.DT_BIAS], channel, count)
         skip = read(pointer(views[field.SKIP]), channel, count)
         for r in range(rows):
-            dt = softplus(load(times, r * WIDTH) + bias)
+            x = moved(pointer(views[field.X]), r * (rank + 2 * views[field.STATES]))
+            dt = softplus(dot_rows(weights, count, x, rank) + bias)
             u = read(pointer(views[field.U]), r * channels + channel, count)
             store(times, r * WIDTH, dt * splat(np.float32(LOG2_E)))
             store(steps, r * WIDTH, dt * u)
-            store(out, r * WIDTH, u * skip)
-        _advance(views, channel, count, times, steps, out)
+            store(skipped, r * WIDTH, u * skip)
+        _advance(views, channel, count, times, steps, products, fetched)
         for r in range(rows):
+            value = load(skipped, r * WIDTH) + sums_of_rows(moved(products, r * WIDTH * WIDTH))
             gate = read(pointer(views[field.GATE]), (2 * r + 1) * channels + channel, count)
-            write(pointer(views[field.OUT]), r * channels + channel, load(out, r * WIDTH) * gate, count)
+            write(pointer(views[field.OUT]), r * channels + channel, value * gate, count)
 
 
 @spliced
-def _time_steps(narrow, views, channel, count, times):  # pragma: no cover
-    """times[r][lane] = dt_proj of each row for `count` channels, without bias."""
-    rank, stride = views[field.INPUTS], views[field.INPUTS] + 2 * views[field.STATES]
-    for lane in range(count):
-        for r in range(views[field.ROWS]):
-            value = splat(0.0)
-            for i in range(0, rank, WIDTH):
-                weights = read(like(narrow, views[field.DT]), (channel + lane) * rank + i, rank - i)
-                value = multiply_add(weights, read(pointer(views[field.X]), r * stride + i, rank - i), value)
-            times[r * WIDTH + lane] = total(value)
-
-
-@spliced
-def _advance(views, channel, count, times, steps, out):  # pragma: no cover
-    """h = exp(dt A) h + dt u B; out += C . h. State numbers go across the lanes, as they lie in memory."""
+def _advance(views, channel, count, times, steps, products, fetched):  # pragma: no cover
+    """h = exp(dt A) h + dt u B; products[r][lane] = C * h. State numbers go across the lanes, as in memory."""
     rows, channels = views[field.ROWS], views[field.CHANNELS]
     states, rank = views[field.STATES], views[field.INPUTS]
     for lane in range(count):
+        line = fetched + (channel + lane) * 64 * views[field.FETCHED]
+        for i in range(views[field.FETCHED]):
+            prefetch(pointer(line + 64 * i), 0)
         for n in range(0, states, WIDTH):
             many = states - n
             a = splat(0.0) - exp(read(pointer(views[field.A_LOG]), (channel + lane) * states + n, many))
             for r in range(rows):
                 place = (r * channels + channel + lane) * states + n
-                selected = r * (rank + 2 * states) + rank + n
+                selected = pointer(views[field.X] + 4 * (r * (rank + 2 * states) + rank + n))
                 decay = exp2(splat(times[r * WIDTH + lane]) * a)
-                h = splat(steps[r * WIDTH + lane]) * read(pointer(views[field.X]), selected, many)
+                h = splat(steps[r * WIDTH + lane]) * read(selected, 0, many)
                 h = multiply_add(decay, read(pointer(views[field.STATE]), place, many), h)
                 write(pointer(views[field.NEW_STATE]), place, h, many)
-                out[r * WIDTH + lane] += total(h * read(pointer(views[field.X]), selected + states, many))
+                value = h * read(selected, states, many)
+                row = (r * WIDTH + lane) * WIDTH
+                if n > 0:
+                    value = value + load(products, row)
+                store(products, row, value)

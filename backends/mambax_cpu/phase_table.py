@@ -51,7 +51,9 @@ STATE = 32  # (B, D, N)
 NEW_STATE = 33  # (B, D, N)
 GATE = 34  # (B, 2 D), of which the second half is silu(z)
 
-FIELDS = 36
+FETCHED = 36  # cache lines of the next phase's weights that are fetched along with each channel
+
+FIELDS = 37
 
 PRODUCT, MIX, RECUR = range(3)
 """Operations."""
@@ -69,4 +71,4 @@ def control_size(slots: int) -> int:
 
 def scratch_size(rows: int, width: int) -> int:
     """float32 values that each thread needs for B rows and K = width."""
-    return 16 * max(3 * rows, 2 * width)
+    return 16 * max(19 * rows, 2 * width)

@@ -75,12 +75,12 @@ def _fetch_next(table, phase, phases, slots, slot, line):  # pragma: no cover
 
 
 @spliced
-def _perform(stored, narrow, views, task, scratch):  # pragma: no cover
+def _perform(stored, narrow, views, task, slots, scratch):  # pragma: no cover
     """One task of a phase."""
     first = task * views[field.SIZE]
     last = first + views[field.SIZE]
     if views[field.OPERATION] == field.RECUR:
-        recur(narrow, views, first, min(last, views[field.CHANNELS]), scratch)
+        recur(narrow, views, first, min(last, views[field.CHANNELS]), slots, scratch)
         return
     last = min(last, views[field.OUTPUTS])
     product(stored, views, first, last)
@@ -110,7 +110,7 @@ def _work(stored, narrow, table, phases, control, slots, slot, scratch):  # prag
             waited += 1
             continue
         waited = 0
-        _perform(stored, narrow, views, task, scratch)
+        _perform(stored, narrow, views, task, slots, scratch)
         if add(shared, field.LINE, 1) + 1 == views[field.TASKS]:
             if phase + 1 == phases:
                 store_release(shared, 0, phases)

@@ -11,7 +11,7 @@ from numba import types
 
 from mambax_cpu.compilation import inlined, intrinsic
 from mambax_cpu.linear_emit import STORED, Emitter
-from mambax_cpu.simd import WIDTH, lanes, splat
+from mambax_cpu.simd import WIDTH, floats, lanes, splat
 
 
 @intrinsic
@@ -76,6 +76,17 @@ def _store_first(typing_context: Any, base: Any, index: Any, value: Any, count: 
         return context.get_dummy_value()
 
     return types.void(base, types.int64, lanes, types.int64), generate
+
+
+@intrinsic
+def sums_of_rows(typing_context: Any, base: Any) -> Any:
+    """Of sixteen float32 vectors that lie one after another, the sum of the lanes of each; always in one order."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emitter(builder)
+        return emit.lanes_added([emit.load(args[0], emit.index(WIDTH * i)) for i in range(WIDTH)])
+
+    return lanes(floats), generate
 
 
 @inlined

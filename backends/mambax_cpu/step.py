@@ -22,6 +22,9 @@ from mambax_cpu.linear import FEW_ROWS
 _CHANNELS = 64
 """Channels of a task of the recurrence."""
 
+_FETCHED = 768 << 10
+"""Bytes of out_proj that are fetched during the recurrence, at most: they have to stay in the second-level cache."""
+
 _VECTOR = 16
 
 _PHASES = 4
@@ -192,6 +195,7 @@ class Stack:
             field.SKIP: block.D,
             field.STATES: sizes.states,
             field.GATE: at["xz"],
+            field.FETCHED: min(_FETCHED, block.out_proj.nbytes) // (64 * sizes.channels),
         }
         out = product_phase(block.out_proj, rows, at["y"], at["out"]) | {
             field.BIAS: block.out_bias,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mambax_mlx.describe import describe
+from mambax_mlx.duality import ssd
 from mambax_mlx.fused import causal_conv1d, scan_implementations, selective_scan
 from mambax_mlx.layers import CausalConv1d, Embedding, Linear, RMSNorm
 from mambax_mlx.models import (
@@ -17,6 +19,8 @@ from mambax_mlx.models import (
     MambaLMHead,
     MambaMixer,
 )
-from mambax_mlx.module import Module, ModuleList, Parameter, parameters, quantize, set_parameters
+from mambax_mlx.module import Module, ModuleList, Parameter, parameters, set_parameters
 from mambax_mlx.ops import *
+from mambax_mlx.quantized import quantize
 from mambax_mlx.recompute import recomputed, summed_over_chunks
+from mambax_mlx.step import decode_step

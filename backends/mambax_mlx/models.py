@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mambax_mlx
-from mambax import blocks, models, state
+from mambax import blocks, mamba2, models, state
 from mambax.backend import Backend
 from mambax_mlx.layers import Embedding, Linear
 from mambax_mlx.module import Module
@@ -20,9 +20,13 @@ class MambaMixer(blocks.MambaMixer, Module):
     nn: ClassVar[Backend] = mambax_mlx
 
 
+class Mamba2Mixer(mamba2.Mamba2Mixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+
+
 class Block(blocks.Block, Module):
     nn: ClassVar[Backend] = mambax_mlx
-    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer}
+    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
 
 
 class MambaEncoder(models.MambaEncoder, Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mambax.init import Initial, Placeholder
 from mambax_mlx import ops
+from mambax_mlx.repacking import repacked
 
 
 class Module(mlx.nn.Module):
@@ -42,22 +44,25 @@ def parameters(module: mlx.nn.Module) -> dict[str, mx.array]:
 def set_parameters(module: mlx.nn.Module, values: Mapping[str, mx.array]) -> None:
     """Replace parameters by dotted path, without copying.
 
+    Matrices as mambax's other backends quantise them (see :mod:`mambax.quantization`) are repacked for MLX.
+
     Raises:
         KeyError: for a path that leads nowhere.
     """
-    unknown = values.keys() - parameters(module).keys()
+    held = parameters(module)
+    values = repacked(values, held)
+    unknown = values.keys() - held.keys()
     if unknown:
         raise KeyError(min(unknown))
+    _keep_resident()
     module.load_weights(list(values.items()), strict=False)
 
 
-def quantize(model: Any, kind: str, group_size: int = 32) -> Any:
-    """MLX quantises in a format of its own.
+@cache
+def _keep_resident() -> None:
+    """Let macOS keep as much of MLX's memory wired as it recommends, or it pages weights out between tokens.
 
-    Raises:
-        ValueError: saying how.
+    Once for the process, as the server and the trainer of mlx-lm do it.
     """
-    raise ValueError(
-        f"quantize={kind!r} runs on the numpy backend and on torch on the CPU, not on mlx; load the model as it is "
-        f"and use mlx.nn.quantize(model, group_size={group_size}, bits={kind.removeprefix('int')})"
-    )
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))

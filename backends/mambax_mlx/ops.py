@@ -189,9 +189,10 @@ def no_grad() -> AbstractContextManager[Any]:
 
 
 def evaluate(*arrays: Array, wait: bool = True) -> None:
-    """Compute the arrays, or start to."""
+    """Compute the arrays, or start to. What waits, as each chunk of a prompt does, gives unused memory back."""
     if wait:
         mx.eval(*arrays)
+        mx.clear_cache()
     else:
         mx.async_eval(*arrays)
 

@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mambax_mlx import ops
+
 Arrays = list[mx.array]
 
 
@@ -69,7 +71,7 @@ def summed_over_chunks(
         totals: Arrays = []
         for chunk in chunks(list(flat[len(names) :])):
             parts = part(*flat[: len(names)], *_after(chunk, totals))
-            totals = [total + value for total, value in zip(totals, parts, strict=True)] if totals else parts
+            totals = _settled([a + b for a, b in zip(totals, parts, strict=True)] if totals else parts)
         return totals
 
     def backward(primals: Any, cotangents: Any, results: Any) -> Arrays:
@@ -83,7 +85,9 @@ def summed_over_chunks(
             found = _with_zeros([*held, *chunk], found)
             new, of_chunk = found[: len(names)], found[len(names) :]
             of_weights = [a + b for a, b in zip(of_weights, new, strict=True)] if of_weights else new
-            of_chunks.append(of_chunk)
+            settled = _settled(of_weights + of_chunk)
+            of_weights = settled[: len(names)]
+            of_chunks.append(settled[len(names) :])
         return of_weights + [mx.concatenate(list(parts), 0) for parts in zip(*of_chunks, strict=True)]
 
     unit: Any = mx.custom_function(forward)
@@ -137,6 +141,21 @@ def _with_zeros(primals: Arrays, gradients: Sequence[mx.array | None]) -> Arrays
 def _after(arrays: Arrays, others: Arrays) -> Arrays:
     """The arrays, not computed with before the others are there."""
     return list(mx.depends(arrays, others)) if arrays and others else arrays
+
+
+def _settled(arrays: Arrays) -> Arrays:
+    """On the CPU, the same values computed now, without what they were computed from.
+
+    There, MLX takes memory for operations long before it runs them, in whatever order. A GPU's command buffers are
+    bounded. Inside ``mx.compile``, which decides for itself, nothing may be computed.
+    """
+    if ops.devices()[0] != "cpu":
+        return arrays
+    try:
+        mx.eval(arrays)
+    except ValueError:  # what MLX raises inside mx.compile
+        return arrays
+    return [ops.from_numpy(ops.to_numpy(x)) for x in arrays]
 
 
 def _is_float(x: mx.array) -> bool:

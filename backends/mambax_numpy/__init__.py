@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mambax_numpy.duality import ssd
+from mambax_numpy.describe import describe
 from mambax_numpy.fused import causal_conv1d, scan_implementations, selective_scan
 from mambax_numpy.layers import CausalConv1d, Embedding, Linear, RMSNorm
 from mambax_numpy.models import (
@@ -21,3 +23,4 @@ from mambax_numpy.module import Module, ModuleList, Parameter, parameters, set_p
 from mambax_numpy.ops import *
 from mambax_numpy.quantized import quantize
 from mambax_numpy.recompute import recomputed, summed_over_chunks
+from mambax_numpy.step import decode_step

@@ -29,14 +29,14 @@ def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.nd
 def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """x weight^T in float32 at least.
 
-    NumPy's own product is as fast as memory for one float32 row and good for many, but slow in between; it has none
-    for narrower dtypes.
+    NumPy's own product is as fast as memory for one float32 row, slow for a few, and for many as good as its library
+    knows the processor; it has none for narrower dtypes.
     """
     if np.float64 not in (x.dtype, weight.dtype):
         from mambax_cpu import linear
 
         rows = x.size // max(1, x.shape[-1])
-        if weight.dtype != np.float32 or (1 < rows <= linear.FEW_ROWS and weight.size >= _SMALL):
+        if weight.dtype != np.float32 or (rows > 1 and weight.size >= _SMALL):
             return linear.linear(x, weight)
     return at_least_float32(ops, x) @ at_least_float32(ops, weight).T
 

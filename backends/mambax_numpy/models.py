@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mambax_numpy
-from mambax import blocks, models, state
+from mambax import blocks, mamba2, models, state
 from mambax.backend import Backend
 from mambax_numpy.layers import Embedding, Linear
 from mambax_numpy.module import Module
@@ -20,9 +20,13 @@ class MambaMixer(blocks.MambaMixer, Module):
     nn: ClassVar[Backend] = mambax_numpy
 
 
+class Mamba2Mixer(mamba2.Mamba2Mixer, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
 class Block(blocks.Block, Module):
     nn: ClassVar[Backend] = mambax_numpy
-    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer}
+    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
 
 
 class MambaEncoder(models.MambaEncoder, Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mambax_torch.duality import ssd
+from mambax_torch.describe import describe
 from mambax_torch.fused import causal_conv1d, scan_implementations, selective_scan
 from mambax_torch.layers import CausalConv1d, Embedding, Linear, RMSNorm
 from mambax_torch.models import (
@@ -21,3 +23,4 @@ from mambax_torch.module import Module, ModuleList, Parameter, parameters, set_p
 from mambax_torch.ops import *
 from mambax_torch.quantized import quantize
 from mambax_torch.recompute import recomputed, summed_over_chunks
+from mambax_torch.step import decode_step

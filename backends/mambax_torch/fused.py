@@ -12,13 +12,16 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 from mambax import convolution, scan
-from mambax_torch import ops
-from mambax_torch.kernels.devices import why_not_triton
+from mambax_torch import chunked, ops
+from mambax_torch.kernels.devices import interpreted, missing, why_not_triton
 
 
 def scan_implementations() -> Mapping[str, str]:
-    """Every algorithm of :mod:`mambax.scan`, and the fused kernels for tensors in host memory."""
-    return {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": mambax_cpu.missing()}
+    """Every algorithm of :mod:`mambax.scan`, the fused kernels for tensors in host memory, and those in Triton."""
+    reason = missing()
+    if not reason and not interpreted() and not torch.cuda.is_available():
+        reason = "PyTorch finds no CUDA device"
+    return {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": mambax_cpu.missing(), "triton": reason}
 
 
 def why_not_cpu_kernels(x: Tensor) -> str:
@@ -36,17 +39,25 @@ def why_not_cpu_kernels(x: Tensor) -> str:
 
 
 def selective_scan(u: Tensor, *args: Any, impl: str = "auto", **options: Any) -> tuple[Tensor, Tensor]:
-    """:func:`mambax.scan.selective_scan`. Unless named otherwise: the fused kernels on the CPU up to float32, else
-    parallel, or sequential for a single token."""
-    reason = why_not_cpu_kernels(u)
-    automatic = ("sequential" if u.shape[1] == 1 else "pscan") if reason else "cpu"
-    algorithm = scan.choose(impl, automatic, {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": reason})
+    """:func:`mambax.scan.selective_scan`. Unless named otherwise: fused kernels on the CPU and on NVIDIA GPUs up to
+    float32, else parallel in chunks, or sequential for a single token."""
+    available = dict.fromkeys(scan.ALGORITHMS, "") | {"cpu": why_not_cpu_kernels(u), "triton": why_not_triton(u)}
+    if u.is_cuda and not available["triton"]:
+        automatic = "triton"
+    elif not available["cpu"]:
+        automatic = "cpu"
+    else:
+        automatic = "sequential" if u.shape[1] == 1 else "pscan"
+    algorithm = scan.choose(impl, automatic, available)
+    if algorithm == "triton":
+        from mambax_torch.kernels import scan_ops
+
+        return scan_ops.selective_scan(u, *args, **options)
     if algorithm == "cpu":
         from mambax_torch import cpu_ops
 
         return cpu_ops.selective_scan(u, *args, **options)
-    with torch.autocast(u.device.type, enabled=False):  # its products of states stay in float32
-        return scan.selective_scan(ops, u, *args, algorithm=algorithm, **options)
+    return chunked.selective_scan(u, *args, algorithm=algorithm, **options)
 
 
 def causal_conv1d(

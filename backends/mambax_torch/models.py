@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch.utils._pytree import register_pytree_node
 
 import mambax_torch
-from mambax import blocks, models, state
+from mambax import blocks, mamba2, models, state
 from mambax.backend import Backend
 from mambax_torch.layers import Embedding, Linear
 from mambax_torch.module import Module
@@ -22,9 +22,13 @@ class MambaMixer(blocks.MambaMixer, Module):
     nn: ClassVar[Backend] = mambax_torch
 
 
+class Mamba2Mixer(mamba2.Mamba2Mixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
 class Block(blocks.Block, Module):
     nn: ClassVar[Backend] = mambax_torch
-    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer}
+    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
 
 
 class MambaEncoder(models.MambaEncoder, Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,5 +54,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def dump_object(value: dict[str, Any]) -> bytes:
-    """The text of a JSON object as transformers writes it: two spaces, a newline at the end, UTF-8."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    """The text of a JSON object as transformers 5 writes it: two spaces, a newline at the end, UTF-8, and infinity,
+    which JSON does not know, as ``{"__float__": "Infinity"}``."""
+    return (json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    return value

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mambax import affine
+from mambax.affine import Affine
 from mambax.config import POOLINGS, MambaClassificationConfig, MambaLMConfig, Pooling
 from mambax.families import CAUSAL_LM, CLASSIFIER, ENCODER, Family, family_of, named, supported
 from mambax.families.translation import TOKEN_IDS
@@ -34,14 +36,18 @@ class Description:
         architecture: :data:`CAUSAL_LM`, :data:`CLASSIFIER` or :data:`ENCODER`.
         pooling: of an encoder.
         original: whether the layout is that of an original package, which names no tokenizer.
-        quantization: kind and group size of quantised weights (see :mod:`mambax.quantization`), or None.
+        layout: name of the family as which the files are laid out, where it is not ``config.family``, as which they
+            would be written.
+        quantization: kind and group size of quantised weights (see :mod:`mambax.quantization`), or how MLX packed
+            them (see :mod:`mambax.affine`), or None.
     """
 
     config: MambaLMConfig
     architecture: str = CAUSAL_LM
     pooling: Pooling = "mean"
     original: bool = False
-    quantization: tuple[str, int] | None = None
+    layout: str = ""
+    quantization: tuple[str, int] | Affine | None = None
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> Description:
@@ -57,10 +63,6 @@ def read_config(raw: Mapping[str, Any], where: str) -> Description:
     """
     family = family_of(raw, where)
     architecture = _architecture(family, raw, where)
-    if raw.get("quantization"):
-        raise ValueError(
-            f"{where}: quantization is set; quantised by others is not supported, use the full weights"
-        )
     fields = family.read(raw, where)
     token_default = None if family.original or family.name == OURS else 0  # as in transformers
     values = fields.values | {name: raw.get(name, token_default) for name in TOKEN_IDS}
@@ -75,7 +77,8 @@ def read_config(raw: Mapping[str, Any], where: str) -> Description:
     except ValueError as error:
         field = str(error).partition(" ")[0].rpartition(".")[2]
         raise ValueError(f"{where}: {fields.spelled.get(field, field)}: {error}") from error
-    return Description(config, architecture, pooling, family.original, _quantization(raw, where))
+    layout = family.name if family.written_as else ""
+    return Description(config, architecture, pooling, family.original, layout, _quantization(raw, where))
 
 
 def _architecture(family: Family, raw: Mapping[str, Any], where: str) -> str:
@@ -89,15 +92,17 @@ def _architecture(family: Family, raw: Mapping[str, Any], where: str) -> str:
     return known[found[0]]
 
 
-def _quantization(merged: Mapping[str, Any], where: str) -> tuple[str, int] | None:
-    """Kind and group size of weights that mambax quantised; those of others would need their own reader."""
+def _quantization(merged: Mapping[str, Any], where: str) -> tuple[str, int] | Affine | None:
+    """How the weights were quantised, by mambax or by MLX; those of others would need their own reader."""
+    if (packed := affine.from_config(merged, where)) is not None:
+        return packed
     raw: Any = merged.get("quantization_config")
     if not raw:
         return None
     if not isinstance(raw, dict) or raw.get("quant_method") != OURS:
         raise ValueError(
             f"{where}: quantization_config is {str(raw)[:80]}; quantised checkpoints are not supported "
-            "unless mambax wrote them, use the full ones"
+            "unless mambax or mlx-lm wrote them, use the full ones"
         )
     kind: Any = raw.get("kind")
     group_size: Any = raw.get("group_size")
@@ -146,7 +151,9 @@ def write_config(described: Description, dtype: str) -> dict[str, Any]:
     elif described.architecture == ENCODER:
         raw["pooling"] = described.pooling
     raw |= {"dtype": dtype}
-    if described.quantization is not None:  # transformers refuses a method that it does not know
+    if isinstance(described.quantization, Affine):
+        raw["quantization"] = described.quantization.to_config()
+    elif described.quantization is not None:  # transformers refuses a method that it does not know
         kind, group_size = described.quantization
         raw["quantization_config"] = {"quant_method": OURS, "kind": kind, "group_size": group_size}
     _check_written(config, raw, family)
@@ -164,9 +171,9 @@ def _check_written(config: MambaLMConfig, raw: dict[str, Any], family: Family) -
         )
 
 
-def parameter_name(name: str, config: MambaLMConfig) -> str:
+def parameter_name(name: str, described: Description) -> str:
     """The path inside mambax of a tensor that a checkpoint calls ``name``."""
-    return named(str(config.family)).to_parameter(name, config)
+    return named(described.layout or str(described.config.family)).to_parameter(name, described.config)
 
 
 def checkpoint_name(parameter: str, config: MambaLMConfig) -> str:

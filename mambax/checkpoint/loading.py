@@ -7,21 +7,22 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mambax import scan as scans
+from mambax.affine import Affine
 from mambax.backend import Backend
 from mambax.checkpoint.json_files import read_object
-from mambax.checkpoint.layouts import CLASSIFIER, ENCODER, Description, read_config
+from mambax.checkpoint.layouts import CLASSIFIER, ENCODER, Description, parameter_name, read_config
+from mambax.checkpoint.mapping import Mappings
 from mambax.checkpoint.matching import TABLE, Found, main_dtype, match, parameter_dtype
-from mambax.checkpoint.sources import CONFIG, Source, open_source
+from mambax.checkpoint.sources import Source, find_config, open_source
 from mambax.checkpoint.tensors import FLOATS, is_finite
 from mambax.checkpoint.weights import open_weights
 from mambax.init import Initializer
-from mambax.quantization import check_kind
 from mambax.registry import default_backend, get_backend
 from mambax.tokenizer import Tokenizer
 from mambax.tokenizer_files import FILES as TOKENIZER_FILES
@@ -44,7 +45,7 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     scan: str = "auto",
-    quantize: str | None = None,
+    quantize: str | int | None = None,
     group_size: int = 32,
     progress: Progress | None = None,
 ) -> Any:
@@ -63,9 +64,11 @@ def load(
         revision: a branch, a tag or a commit of the repository.
         local_files_only: use what has been downloaded before, and no network.
         scan: name of the selective-scan implementation.
-        quantize: ``"int8"`` or ``"int4"`` to quantise the large layers, on the numpy backend and on torch on the
-            CPU; see :mod:`mambax.quantization`. A checkpoint that was saved quantised is loaded so without it.
-        group_size: inputs to a scale of ``"int4"``, 32 or 64.
+        quantize: ``"int8"`` or ``"int4"`` to quantise the large layers; see :mod:`mambax.quantization`. On the
+            numpy backend, on torch on the CPU, and on mlx, which packs the same weights in its own way. On mlx also
+            2, 3, 4, 6 or 8: bits of a weight as MLX and mlx-lm choose it; see :mod:`mambax.affine`. A checkpoint
+            that was saved quantised is loaded so without it; MLX's packing on mlx alone.
+        group_size: inputs to a scale: of ``"int4"`` 32 or 64, of MLX's weights 32, 64 or 128.
         progress: called with (bytes read, bytes in all).
 
     Returns:
@@ -92,15 +95,22 @@ def load(
     described = _describe(source, scan)
     if quantize is not None:
         _check_quantize(nn, described, quantize, group_size, device, source.name)
+    tensors = open_weights(source)
+    described = with_layers(described, tensors)
     model = skeleton(nn, described)
     packed = packed_dtypes(described)
-    expected = {name: tuple(array.shape) for name, array in nn.parameters(model).items()}
-    found, head = match(open_weights(source), expected, described, source.name, packed)
+    if described.quantization is None:
+        expected = {name: tuple(array.shape) for name, array in nn.parameters(model).items()}
+    else:
+        expected = stored_shapes(described, source.name)
+    found, head = match(tensors, expected, described, source.name, packed)
     if dtype is None:
         dtype = main_dtype((item.parameter, item.info.dtype) for item in found if item.parameter not in packed)
         _check_dtype(nn, dtype)
-    _set_weights(nn, model, found, head, dtype, packed, device, progress)
-    if quantize is not None and described.quantization is None:
+    quantizes = quantize is not None and described.quantization is None
+    in_place = not quantizes and _shares_memory(nn, device)
+    model.mappings = _set_weights(nn, model, found, head, dtype, packed, device, in_place, progress)
+    if quantizes:
         nn.quantize(model, quantize, group_size)
     model.tokenizer = _tokenizer(source, described, local_files_only)
     return model
@@ -109,13 +119,40 @@ def load(
 def skeleton(nn: Backend, described: Description) -> Any:
     """The model that a ``config.json`` describes, with placeholders for its weights."""
     model = _full_skeleton(nn, described)
-    return model if described.quantization is None else nn.quantize(model, *described.quantization)
+    if described.quantization is None:
+        return model
+    if isinstance(described.quantization, Affine):
+        return nn.quantize(model, described.quantization)
+    return nn.quantize(model, *described.quantization)
+
+
+def with_layers(described: Description, tensors: Iterable[str]) -> Description:
+    """The description with the layers that are packed as MLX does it, which the names of the tensors tell."""
+    if not isinstance(described.quantization, Affine):
+        return described
+    names = [parameter_name(name, described) for name in tensors]
+    paths = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
+    return dataclasses.replace(described, quantization=described.quantization.of(paths))
+
+
+def stored_shapes(described: Description, where: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of a model as a checkpoint has them.
+
+    Raises:
+        ValueError: for a layer that cannot be packed as the files say.
+    """
+    reference, packing = get_backend("numpy"), described.quantization
+    model = _full_skeleton(reference, described) if isinstance(packing, Affine) else skeleton(reference, described)
+    shapes = {name: tuple(array.shape) for name, array in reference.parameters(model).items()}
+    return packing.shapes(shapes, where) if isinstance(packing, Affine) else shapes
 
 
 def packed_dtypes(described: Description) -> dict[str, np.dtype]:
     """The dtypes of the parameters of quantised layers, by path; empty for a model that is not quantised."""
     if described.quantization is None:
         return {}
+    if isinstance(described.quantization, Affine):
+        return {f"{path}.weight": np.dtype(np.uint32) for path in described.quantization.layers}
     arrays = get_backend("numpy").parameters(skeleton(get_backend("numpy"), described))
     layers = [name.removesuffix("scales") for name in arrays if name.endswith(".scales")]
     return {layer + part: arrays[layer + part].dtype for layer in layers for part in ("weight", "scales")}
@@ -140,17 +177,18 @@ def _device(nn: Backend, device: str | None) -> str:
 
 
 def _check_quantize(
-    nn: Backend, described: Description, kind: str, group_size: int, device: str, where: str
+    nn: Backend, described: Description, kind: str | int, group_size: int, device: str, where: str
 ) -> None:
     """Refuse, before any weight is read, what could not be quantised."""
-    check_kind(kind, group_size)
-    if described.quantization is not None and described.quantization != (kind, group_size):
+    nn.quantize(_full_skeleton(nn, described), kind, group_size)
+    found = described.quantization
+    if found is not None and found != (kind, group_size):
+        how = f"{found[0]!r} in groups of {found[1]}" if isinstance(found, tuple) else str(found)
         raise ValueError(
             f"{where}: quantize is {kind!r} in groups of {group_size}, but the checkpoint is quantised already: "
-            f"{described.quantization[0]!r} in groups of {described.quantization[1]}; load it without quantize"
+            f"{how}; load it without quantize"
         )
-    nn.quantize(_full_skeleton(nn, described), kind, group_size)
-    if device.partition(":")[0] != "cpu":
+    if nn.name != "mlx" and device.partition(":")[0] != "cpu":
         raise ValueError(f"quantize={kind!r} runs on the CPU, but device is {device!r}; load with device='cpu'")
 
 
@@ -161,11 +199,7 @@ def _check_dtype(nn: Backend, dtype: str) -> None:
 
 
 def _describe(source: Source, scan: str) -> Description:
-    path = source.find(CONFIG)
-    if path is None:
-        raise FileNotFoundError(
-            f"{source.name}: no {CONFIG}; expected a folder with {CONFIG} and weights; {source.describe()}"
-        )
+    path = find_config(source)
     described = read_config(read_object(path), str(path))
     return dataclasses.replace(described, config=dataclasses.replace(described.config, scan=scan))
 
@@ -178,12 +212,16 @@ def _set_weights(
     dtype: str,
     packed: Mapping[str, np.dtype],
     device: str,
+    in_place: bool,
     progress: Progress | None,
-) -> None:
-    """Read one tensor after another, the largest first.
+) -> Mappings:
+    """Take one tensor after another, the largest first; those that may be used in place, in their file.
 
     A framework may copy a tensor when it takes it over; taken in this order, the copy comes on top of the least, so
     that the memory needed is hardly more than the weights'.
+
+    Returns:
+        The files that are used in place.
     """
     total = sum(item.info.nbytes for item in found)
     done = 0
@@ -191,7 +229,8 @@ def _set_weights(
         _check_tied(next(item for item in found if item.parameter == TABLE), head)
     values = {}
     for item in found:
-        array = _converted(item, packed.get(item.parameter) or parameter_dtype(item.parameter, dtype))
+        wanted = packed.get(item.parameter) or parameter_dtype(item.parameter, dtype, item.info.dtype)
+        array = _converted(item, wanted, in_place)
         values[item.parameter] = nn.from_numpy(array, device=device)
         del array
         nn.evaluate(values[item.parameter])
@@ -199,11 +238,20 @@ def _set_weights(
         if progress is not None:
             progress(done, total)
     nn.set_parameters(model, values)
+    mappings = Mappings({item.file.mapped: None for item in found if item.file.mapped is not None})
+    mappings.check()  # that what was checked is what they hold
+    return mappings
 
 
-def _converted(item: Found, dtype: np.dtype) -> np.ndarray:
-    """The values of a parameter in a dtype, all of them finite."""
-    array = item.read()
+def _shares_memory(nn: Backend, device: str) -> bool:
+    """Whether arrays on a device lie where NumPy's do, so that weights in a file can be used in place."""
+    probe = np.zeros(1, np.float32)
+    return np.shares_memory(probe, nn.to_numpy(nn.from_numpy(probe, device=device)))
+
+
+def _converted(item: Found, dtype: np.dtype, in_place: bool) -> np.ndarray:
+    """The values of a parameter in a dtype, all of them finite; in its file where they may and need no change."""
+    array = item.view() if in_place and item.info.dtype == dtype else item.read()
     if array.dtype not in FLOATS.values():
         return array
     with np.errstate(over="ignore", invalid="ignore"):

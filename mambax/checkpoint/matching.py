@@ -11,8 +11,11 @@ from mambax.checkpoint.layouts import CAUSAL_LM, Description, parameter_name
 from mambax.checkpoint.tensors import FLOATS, TensorFile, TensorInfo
 
 TABLE, HEAD = "backbone.embeddings.weight", "lm_head.weight"
-KEPT_IN_FLOAT32 = (".A_log", ".D", ".dt_proj.bias")
+KEPT_IN_FLOAT32 = (".A_log", ".D", ".dt_proj.bias", ".dt_bias")
 """Ends of the names of parameters that are not stored narrower: the recurrence is too sensitive to them."""
+
+SCALES = (".scales", ".biases")
+"""Ends of the names of what goes with packed weights (see :mod:`mambax.affine`): never rounded, to lose nothing."""
 
 _PROBLEMS = ("missing", "unexpected", "of another shape", "of another dtype")
 _LISTED = 8
@@ -38,6 +41,11 @@ class Found:
     def read(self) -> np.ndarray:
         """Its values."""
         return self.file.read(self.name).reshape(self.info.shape)
+
+    def view(self) -> np.ndarray:
+        """Its values as they lie in the file, or else read."""
+        values = self.file.view(self.name)
+        return self.read() if values is None else values.reshape(self.info.shape)
 
 
 def match(
@@ -67,7 +75,7 @@ def match(
     found: dict[str, Found] = {}
     present: set[str] = set()
     for name, file in tensors.items():
-        parameter, stored = parameter_name(name, described.config), file.tensors[name]
+        parameter, stored = parameter_name(name, described), file.tensors[name]
         tied = parameter == HEAD and HEAD not in expected and described.architecture == CAUSAL_LM
         shape = expected.get(TABLE if tied else parameter)
         if shape is None or parameter in present:
@@ -116,13 +124,18 @@ def main_dtype(infos: Iterable[tuple[str, np.dtype]]) -> str:
     Args:
         infos: (parameter path, dtype).
     """
-    used = {dtype.name for name, dtype in infos if not name.endswith(KEPT_IN_FLOAT32)}
+    used = {dtype.name for name, dtype in infos if not name.endswith(KEPT_IN_FLOAT32 + SCALES)}
     if used == {"float16", "bfloat16"}:
         return "float32"
     return max(used, key=lambda name: (FLOATS[name].itemsize, name))
 
 
-def parameter_dtype(parameter: str, dtype: str) -> np.dtype:
-    """The dtype of a parameter in a model of this dtype; :data:`KEPT_IN_FLOAT32` are never narrower."""
+def parameter_dtype(parameter: str, dtype: str, stored: np.dtype | None = None) -> np.dtype:
+    """The dtype of a parameter in a model of this dtype.
+
+    :data:`KEPT_IN_FLOAT32` are float32 at least, and :data:`SCALES` at least as wide as they are stored.
+    """
+    if stored is not None and parameter.endswith(SCALES):
+        return np.promote_types(FLOATS[dtype], stored)
     narrow = FLOATS[dtype].itemsize < 4
     return FLOATS["float32"] if narrow and parameter.endswith(KEPT_IN_FLOAT32) else FLOATS[dtype]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mambax.backend import Backend
+from mambax.checkpoint.mapping import Mappings
 from mambax.state import InferenceParams
 
 
@@ -16,6 +17,8 @@ class CheckpointMixin:
     nn: ClassVar[Backend]
     config: Any
     backbone: Any
+    mappings = Mappings()
+    """The files whose weights the model uses in place; set by :func:`mambax.load`."""
 
     def save_pretrained(
         self,

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from mambax.checkpoint.json_files import parse_object
+from mambax.checkpoint.mapping import AVAILABLE, MappedFile, identity_of
 from mambax.checkpoint.tensors import TensorInfo, check_not_pointer, read_range
 
 HEADER_LIMIT = 16 * 2**20
@@ -62,6 +63,8 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         check_not_pointer(path)
+        self.mapped: MappedFile | None = None
+        self._identity = identity_of(path)
         header, start, size = _read_header(path)
         self.metadata = _check_metadata(header.pop("__metadata__", {}), path)
         spans: dict[str, tuple[int, int]] = {}
@@ -84,6 +87,22 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """The tensor of this name, read now into an array of its own."""
         return read_range(self.path, self._offsets[name], self.tensors[name])
+
+    def view(self, name: str) -> np.ndarray | None:
+        """The tensor of this name where it lies in the file; None where it has to be read.
+
+        Raises:
+            ValueError: when the file is not the one whose header was read.
+        """
+        offset, info = self._offsets[name], self.tensors[name]
+        if not AVAILABLE or offset % info.dtype.itemsize or not info.nbytes:
+            return None
+        if self.mapped is None:
+            try:
+                self.mapped = MappedFile(self.path, self._identity)
+            except OSError:  # not every file system can; what is read is the same
+                return None
+        return self.mapped.array(offset, info)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:

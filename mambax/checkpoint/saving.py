@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from mambax import affine
+from mambax.affine import Affine
 from mambax.checkpoint.json_files import dump_object
 from mambax.checkpoint.layouts import CAUSAL_LM, CLASSIFIER, ENCODER, Description, checkpoint_name, write_config
-from mambax.checkpoint.loading import Progress, load, packed_dtypes, skeleton
+from mambax.checkpoint.loading import Progress, load, packed_dtypes, stored_shapes
 from mambax.checkpoint.matching import main_dtype
 from mambax.checkpoint.safetensors_files import write_safetensors
 from mambax.checkpoint.sources import CONFIG
 from mambax.checkpoint.tensors import FLOATS, TensorInfo, is_finite
 from mambax.checkpoint.weights import SAFETENSORS
 from mambax.config import MambaClassificationConfig
-from mambax.registry import get_backend
 
 INDEX = f"{SAFETENSORS}.index.json"
 _METADATA = {"format": "pt"}  # which older transformers insist on
@@ -51,7 +52,8 @@ def save_pretrained(
     """
     target = Path(folder).expanduser()
     parameters = model.nn.parameters(model)
-    described = dataclasses.replace(_describe(model), quantization=_quantization(parameters))
+    described = _describe(model)
+    described = dataclasses.replace(described, quantization=_quantization(parameters, described))
     checked = _check_parameters(model, parameters, described)
     packed = packed_dtypes(described)
     dtype = main_dtype((name, info.dtype) for name, info in checked.items() if name not in packed)
@@ -129,8 +131,11 @@ def _describe(model: Any) -> Description:
     )
 
 
-def _quantization(parameters: Mapping[str, Any]) -> tuple[str, int] | None:
-    """Kind and group size of a quantised model; None of one that is not. A model of int4 has layers of int8."""
+def _quantization(parameters: Mapping[str, Any], described: Description) -> tuple[str, int] | Affine | None:
+    """How a model is quantised; None for one that is not. A model of int4 has layers of int8."""
+    if any(name.endswith(".biases") for name in parameters):
+        shapes = {name: tuple(array.shape) for name, array in parameters.items()}
+        return affine.found_in(shapes, stored_shapes(described, "save_pretrained"))
     found: tuple[str, int] | None = None
     for name, scales in parameters.items():
         packed = parameters.get(name.removesuffix("scales") + "weight") if name.endswith(".scales") else None
@@ -144,9 +149,7 @@ def _quantization(parameters: Mapping[str, Any]) -> tuple[str, int] | None:
 
 def _check_parameters(model: Any, parameters: dict[str, Any], described: Description) -> dict[str, TensorInfo]:
     """dtype and shape of every parameter, if they are those that a model of this configuration has."""
-    reference = get_backend("numpy")
-    empty = skeleton(reference, described)
-    expected = {name: tuple(array.shape) for name, array in reference.parameters(empty).items()}
+    expected = stored_shapes(described, "save_pretrained")
     found = {name: tuple(array.shape) for name, array in parameters.items()}
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     packed = packed_dtypes(described)

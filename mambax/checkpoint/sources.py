@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 CONFIG = "config.json"
+MISTRAL_CONFIG = "params.json"
+"""What Mistral calls a ``config.json``."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -50,6 +52,20 @@ def open_source(
             f"{name}: no such folder; expected a folder with {CONFIG} and weights, or a repository 'owner/name'"
         )
     return HubRepo(name, revision, local_files_only)
+
+
+def find_config(source: Source) -> Path:
+    """The file that says what the model is: :data:`CONFIG`, else :data:`MISTRAL_CONFIG`.
+
+    Raises:
+        FileNotFoundError: when there is neither.
+    """
+    path = source.find(CONFIG) or source.find(MISTRAL_CONFIG)
+    if path is None:
+        raise FileNotFoundError(
+            f"{source.name}: no {CONFIG}; expected a folder with {CONFIG} and weights; {source.describe()}"
+        )
+    return path
 
 
 class Folder:

@@ -123,22 +123,22 @@ def _odd(file: SafetensorsFile, name: str) -> ValueError:
 
 def _check_agreement(file: SafetensorsFile, seen: TensorInfo, layers: Mapping[int, dict[str, TensorInfo]]) -> None:
     """Refuse arrays of different batches, dtypes or sizes."""
-    first: dict[str, tuple[int, TensorInfo]] = {}  # field -> the first layer that has it
+    first: dict[tuple[tuple[str, int], ...], int] = {}  # kind of state: fields and ranks -> the first layer of it
     for i in sorted(layers):
         fields = layers[i]
-        known = all(field in first for field in fields)
-        if not known and not _belong(seen, fields):
+        number = first.setdefault(tuple((field, len(fields[field].shape)) for field in sorted(fields)), i)
+        if number == i and not _belong(seen, fields):
             arrays = ", ".join(f"{field}_state {info}" for field, info in fields.items())
             raise ValueError(
                 f"{file.path}: tokens_seen {seen} and layers.{i} with {arrays} do not belong together; expected "
-                "int64 [B], float conv_state [B, d_conv - 1, channels], ssm_state [B, d_inner, d_state]; save the "
-                "state again"
+                "int64 [B], float conv_state [B, d_conv - 1, channels], ssm_state [B, d_inner, d_state] or [B, "
+                "heads, head_dim, d_state]; save the state again"
             )
         for field, info in fields.items():
-            number, other = first.setdefault(field, (i, info))
-            if info != other:
+            if info != layers[number][field]:
                 raise ValueError(
-                    f"{file.path}: layers.{i}.{field}_state is {info}, expected {other} as in layer {number}"
+                    f"{file.path}: layers.{i}.{field}_state is {info}, expected {layers[number][field]} as in layer "
+                    f"{number}"
                 )
 
 
@@ -152,4 +152,5 @@ def _belong(seen: TensorInfo, fields: Mapping[str, TensorInfo]) -> bool:
     if {info.dtype for info in fields.values()} - set(FLOATS.values()):
         return False
     conv, ssm = fields["conv"].shape, fields["ssm"].shape
-    return len(conv) == 3 and len(ssm) == 3 and conv[2] == ssm[1]
+    heads = len(ssm) == 4 and ssm[1] * ssm[2] <= conv[-1]  # Mamba-2: the convolution is over B and C too
+    return len(conv) == 3 and (heads or (len(ssm) == 3 and conv[2] == ssm[1]))

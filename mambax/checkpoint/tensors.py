@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import ml_dtypes
 import numpy as np
+
+if TYPE_CHECKING:
+    from mambax.checkpoint.mapping import MappedFile
 
 FLOATS: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -20,7 +23,7 @@ FLOATS: dict[str, np.dtype] = {
 """The dtypes that weights may have, by name."""
 
 _GIT_LFS = b"version https://git-lfs"
-_SLICE = 2**18  # elements looked at together: in cache, and no mask as large as the tensor
+_SLICE = 2**19  # bytes that are looked at together, twice: they are in cache
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class TensorFile(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str) -> np.ndarray: ...  # a new, writable, contiguous array that owns its memory
+
+    def view(self, name: str) -> np.ndarray | None: ...  # as it lies in the file; None where it has to be read
+
+    @property
+    def mapped(self) -> MappedFile | None: ...  # what views lie in, once there is one
 
 
 def read_range(path: Path, offset: int, info: TensorInfo) -> np.ndarray:
@@ -92,10 +100,16 @@ def check_not_pointer(path: Path) -> None:
 def is_finite(array: np.ndarray) -> bool:
     """Whether a float array of any of :data:`FLOATS` holds neither NaN nor infinity.
 
-    Looks at the bits: several times faster than ``np.isfinite`` for the 16-bit types.
+    Looks at the bits: their exponent is the largest there is, so that among those of positive numbers they are the
+    largest, and among all of them the largest are negative ones. Faster than ``np.isfinite``, many times for the
+    16-bit types.
     """
-    unsigned = np.dtype(f"u{array.dtype.itemsize}")
-    bits = np.ascontiguousarray(array).reshape(-1).view(unsigned)
-    no_sign = unsigned.type(2 ** (8 * unsigned.itemsize - 1) - 1)
-    infinity = np.array(np.inf, array.dtype).view(unsigned)
-    return all((bits[i : i + _SLICE] & no_sign).max() < infinity for i in range(0, bits.size, _SLICE))
+    size = array.dtype.itemsize
+    infinity = int(np.array(np.inf, array.dtype).view(f"u{size}"))
+    bits = np.ascontiguousarray(array).reshape(-1)
+    signed, unsigned = bits.view(f"i{size}"), bits.view(f"u{size}")
+    sign, step = 1 << (8 * size - 1), _SLICE // size
+    return all(
+        signed[i : i + step].max() < infinity and unsigned[i : i + step].max() < infinity + sign
+        for i in range(0, bits.size, step)
+    )

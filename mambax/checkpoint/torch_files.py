@@ -92,6 +92,11 @@ class TorchFile:
             self.tensors[name], self._views[name] = _check_tensor(name, ref, records, path)
         self._verified: set[int] = set()
 
+    mapped = None
+
+    def view(self, name: str) -> None:
+        """None: such a file has to be read, since its checksums would be looked at no more."""
+
     def read(self, name: str) -> np.ndarray:
         """The tensor of this name, read now into an array of its own.
 

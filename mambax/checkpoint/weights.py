@@ -15,6 +15,7 @@ SAFETENSORS = "model.safetensors"
 KINDS: tuple[tuple[str, Callable[[Path], TensorFile]], ...] = (
     (SAFETENSORS, SafetensorsFile),
     ("pytorch_model.bin", TorchFile),
+    ("consolidated.safetensors", SafetensorsFile),  # Mistral's
 )
 """Names of weight files, in the order in which they are looked for."""
 

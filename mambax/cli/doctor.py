@@ -51,6 +51,9 @@ def doctor() -> bool:
             continue
         devices = ", ".join(backend.devices())
         out.print(f"[bold]{name}[/bold]  {backend.version()}  devices: {devices}")
+        for what, how in backend.describe().items():
+            out.print(f"  {what:<21}", end="")
+            out.print(how, markup=False)
         for check in checks(backend):
             well &= not check.failed
             _show(out, check)

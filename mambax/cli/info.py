@@ -10,9 +10,9 @@ from typing import Any
 
 from mambax.checkpoint.json_files import read_object
 from mambax.checkpoint.layouts import Description, read_config
-from mambax.checkpoint.loading import packed_dtypes, skeleton
+from mambax.checkpoint.loading import packed_dtypes, skeleton, stored_shapes, with_layers
 from mambax.checkpoint.matching import main_dtype, match, parameter_dtype
-from mambax.checkpoint.sources import CONFIG, Folder, Source, open_source
+from mambax.checkpoint.sources import Folder, Source, find_config, open_source
 from mambax.checkpoint.weights import open_weights
 from mambax.cli.terminal import size
 from mambax.families import named
@@ -39,9 +39,7 @@ def info(name: str, revision: str | None, offline: bool) -> None:
     from rich.console import Console
 
     source = open_source(name, revision=revision, local_files_only=offline)
-    path = source.find(CONFIG)
-    if path is None:
-        raise FileNotFoundError(f"{name}: no {CONFIG}; expected a checkpoint folder; {source.describe()}")
+    path = find_config(source)
     described = read_config(read_object(path), str(path))
     full = dataclasses.replace(described, quantization=None)
     shapes = _shapes(full)
@@ -85,12 +83,15 @@ def _weights(source: Source, described: Description, shapes: Mapping[str, tuple[
     rows = {"parameters": f"{count:,}"}
     if not isinstance(source, Folder):
         return rows | {"weights": "not looked at: they would have to be downloaded"}
-    tensors, packed = open_weights(source), packed_dtypes(described)
-    found, _ = match(tensors, _shapes(described), described, source.name, packed)
+    tensors = open_weights(source)
+    described = with_layers(described, tensors)
+    packed = packed_dtypes(described)
+    found, _ = match(tensors, stored_shapes(described, source.name), described, source.name, packed)
     files = {Path(file.path) for file in tensors.values()}
     dtype = main_dtype((item.parameter, item.info.dtype) for item in found if item.parameter not in packed)
     if described.quantization is not None:
-        dtype = f"{described.quantization[0]} and {dtype}"
+        kind = described.quantization
+        dtype = f"{kind[0] if isinstance(kind, tuple) else kind} and {dtype}"
     names = ", ".join(sorted(path.name for path in files))
     total = sum(path.stat().st_size for path in files)
     return rows | {"weights": f"{names}, {dtype}, {size(total)}; names and shapes fit the configuration"}

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mambax.families.falcon_mamba import FALCON_MAMBA
+from mambax.families import codestral, falcon_mamba, mamba, mamba2, own
 from mambax.families.family import CAUSAL_LM, CLASSIFIER, ENCODER, Family, Fields
-from mambax.families.mamba import HUGGING_FACE, ORIGINAL
-from mambax.families.own import OWN
 
 __all__ = ["CAUSAL_LM", "CLASSIFIER", "ENCODER", "FAMILIES", "Family", "Fields", "family_of", "named", "supported"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (HUGGING_FACE, ORIGINAL, FALCON_MAMBA, OWN)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        mamba.HUGGING_FACE,
+        mamba.ORIGINAL,
+        falcon_mamba.FALCON_MAMBA,
+        mamba2.HUGGING_FACE,
+        mamba2.ORIGINAL,
+        codestral.CODESTRAL,
+        own.OWN,
+    )
+}
 
 
 def supported() -> str:

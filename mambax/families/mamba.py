@@ -121,7 +121,7 @@ HUGGING_FACE = Family(
     name="mamba",
     title="Mamba-1",
     architectures=_ARCHITECTURES,
-    matches=lambda raw: raw.get("model_type") == "mamba",
+    matches=lambda raw: raw.get("model_type") == "mamba" and "dim" not in raw,
     read=_read,
     write=_write,
     to_parameter=to_parameter,

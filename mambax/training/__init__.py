@@ -1,5 +1,6 @@
 """Training: losses, data, the loop, schedules and checkpoints. Imports no array framework but NumPy."""
 
+from mambax.training import corpus, vocabularies
 from mambax.training.batches import Batch, EvaluationData, TrainingData
 from mambax.training.config import TrainingConfig
 from mambax.training.evaluation import Evaluation, evaluate
@@ -27,6 +28,8 @@ __all__ = [
     "TrainingConfig",
     "TrainingData",
     "Windows",
+    "corpus",
     "evaluate",
+    "vocabularies",
     "write_tokens",
 ]

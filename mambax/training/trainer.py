@@ -172,8 +172,8 @@ class Trainer:
     def _refuse(self, what: str, value: float, first: int, rows: Batch) -> None:
         raise NotFinite(
             f"step {self.step}: {what} is {value} (rows {first} to {first + rows.rows - 1} of its batch), so that "
-            f"training stopped before the update; {self._last_good()}. Try a lower learning_rate, a longer warmup_steps or a "
-            "smaller clip_norm, and look at the data of this step"
+            f"training stopped before the update; {self._last_good()}. Try a lower learning_rate, a longer "
+            "warmup_steps or a smaller clip_norm, and look at the data of this step"
         )
 
     def _last_good(self) -> str:
@@ -205,7 +205,7 @@ class Trainer:
         found = self.evaluation = evaluate(self.engine, self.validation)
         if not math.isfinite(found.loss):
             raise NotFinite(
-                f"step {self.step}: the validation loss is {found.loss}; {self._last_good()}. Look at the validation data"
+                f"step {self.step}: the validation loss is {found.loss}; {self._last_good()}. Look at those data"
             )
         self._evaluated_at = self.step
         record = {"step": self.step, **found.record()}

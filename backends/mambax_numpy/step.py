@@ -1,0 +1,213 @@
+"""One token through a stack of blocks by the fused CPU kernels, where that means the same as calling the blocks.
+
+A stack is examined once. What was found holds until an attribute of any module changes, which
+:mod:`mambax_numpy.module` notices.
+
+Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mambax.blocks import LayerState
+from mambax_numpy import module
+from mambax_numpy.layers import CausalConv1d, Linear, RMSNorm
+from mambax_numpy.quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from mambax_cpu.chain import Weights
+    from mambax_cpu.step import BlockWeights, Stack
+
+_FLOAT32 = np.dtype(np.float32)
+_NARROW = ("float32", "bfloat16", "float16")
+
+_OWN = ("mambax.blocks", "mambax_numpy.layers", "mambax_numpy.quantized")
+"""Where the definitions are that the kernels compute; a class that was patched has its ``forward`` from elsewhere."""
+
+
+class _Examined(NamedTuple):
+    """What a stack was found to be.
+
+    Attributes:
+        stamp: what :func:`mambax_numpy.module.stamp` gave before it was examined.
+        layers: the ids of its blocks, which the model keeps alive as long as the stamp is the same.
+        stack: for the kernels; None where the blocks have to be called one by one.
+        narrow: dtype of the small weights and the convolution's state.
+        wide: whether the residual stream is float32 whatever it is given as.
+        arrays: what the addresses in the stack lead to.
+    """
+
+    stamp: object
+    layers: list[int]
+    stack: Stack | None
+    narrow: np.dtype
+    wide: bool
+    arrays: list[np.ndarray]
+
+
+def decode_step(
+    layers: Sequence[Any], hidden: np.ndarray, states: Sequence[LayerState]
+) -> tuple[np.ndarray, tuple[LayerState, ...]] | None:
+    """See :meth:`mambax.backend.Backend.decode_step`."""
+    batch, length, _ = hidden.shape
+    if length != 1 or not len(layers) or hidden.dtype.name not in _NARROW:
+        return None
+    from mambax_cpu import linear, step, threads
+
+    if batch > linear.FEW_ROWS:
+        return None
+    examined = _examine(layers)
+    stack = examined.stack
+    if stack is None:
+        return None
+    sizes = stack.sizes
+    convs = _addresses([state.conv for state in states], (batch, sizes.width - 1, sizes.channels), examined.narrow)
+    ssms = _addresses([state.ssm for state in states], (batch, sizes.channels, sizes.states), _FLOAT32)
+    if convs is None or ssms is None:
+        return None
+    conv = np.empty((len(layers), batch, sizes.width - 1, sizes.channels), examined.narrow)
+    ssm = np.empty((len(layers), batch, sizes.channels, sizes.states), np.float32)
+    out = stack.advance(
+        hidden[:, 0],
+        step.States(convs, ssms),
+        step.States(_places(conv), _places(ssm)),
+        threads.default_threads(),
+    )
+    dtype = _FLOAT32 if examined.wide else hidden.dtype
+    return out.astype(dtype, copy=False)[:, None], tuple(map(LayerState, conv, ssm))
+
+
+def _addresses(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> list[int] | None:
+    """Where contiguous arrays of a shape and dtype lie; None when one of them is none."""
+    found = []
+    for array in arrays:
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            return None
+        found.append(array.__array_interface__["data"][0])
+    return found
+
+
+def _places(arrays: np.ndarray) -> np.ndarray:
+    """Where the parts of an array along its first axis lie."""
+    return arrays.__array_interface__["data"][0] + np.arange(len(arrays)) * arrays.strides[0]
+
+
+# --- what a stack is -----------------------------------------------------------------------------------------
+
+
+def _examine(layers: Sequence[Any]) -> _Examined:
+    """What a stack is, from the first time if nothing has changed."""
+    found = module.examined.get(layers[0])
+    if found is not None and found.stamp is module.stamp() and found.layers == list(map(id, layers)):
+        return found
+    stamp, arrays = module.stamp(), []
+    stack = _stack(layers, arrays)
+    narrow = layers[0].norm.weight.dtype if stack is not None else _FLOAT32
+    wide = stack is not None and layers[0].residual_in_fp32
+    found = _Examined(stamp, list(map(id, layers)), stack, narrow, wide, arrays)
+    module.examined[layers[0]] = found
+    return found
+
+
+def _stack(layers: Sequence[Any], arrays: list[np.ndarray]) -> Stack | None:
+    """The blocks for the kernels, unless one of them is not what mambax makes."""
+    from mambax_cpu.step import Sizes, Stack, supported
+
+    if not all(_is_ours(block) for block in layers):
+        return None
+    first = layers[0]
+    config, narrow = first.mixer.config, first.norm.weight.dtype
+    sizes = Sizes(config.d_model, config.d_inner, config.d_state, config.d_conv, int(config.dt_rank))
+    blocks = []
+    for block in layers:
+        weights = _weights(block, sizes, narrow, arrays)
+        if weights is None or block.residual_in_fp32 != first.residual_in_fp32:
+            return None
+        blocks.append(weights)
+    return Stack(sizes, narrow.name, blocks) if supported(narrow.name, blocks) else None
+
+
+def _is_ours(block: Any) -> bool:
+    """Whether a block consists of the classes of this backend, called through their own ``forward``."""
+    from mambax_numpy.models import Block, MambaMixer
+
+    if type(block) is not Block or type(block.mixer) is not MambaMixer or type(block.norm) is not RMSNorm:
+        return False
+    mixer = block.mixer
+    linears = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
+    parts = block, mixer, block.norm, mixer.conv1d, *linears
+    return (
+        mixer.config.scan in ("auto", "cpu")
+        and mixer.config.dt_b_c_norm == "none"
+        and type(mixer.conv1d) is CausalConv1d
+        and all(type(linear) in (Linear, QuantizedLinear) for linear in linears)
+        and type(mixer.dt_proj) is Linear
+        and not any("forward" in vars(part) for part in parts)
+        and all(type(part).forward.__module__ in _OWN for part in parts)
+    )
+
+
+def _weights(
+    block: Any, sizes: Any, narrow: np.dtype, arrays: list[np.ndarray]
+) -> BlockWeights | None:
+    """The weights of a block, unless one has a shape, dtype or layout that the kernels do not take."""
+    from mambax_cpu.step import BlockWeights
+
+    mixer = block.mixer
+    M, D, N, K, R = sizes
+    given = _Given(narrow, arrays)
+    weights = BlockWeights(
+        norm=given.vector(block.norm.weight, (M,)),
+        epsilon=block.norm.eps,
+        in_proj=given.matrix(mixer.in_proj, (2 * D, M)),
+        in_bias=given.vector(mixer.in_proj.bias, (2 * D,)),
+        conv=given.vector(mixer.conv1d.weight, (D, 1, K)),
+        conv_bias=given.vector(mixer.conv1d.bias, (D,)),
+        x_proj=given.matrix(mixer.x_proj, (R + 2 * N, D)),
+        dt_proj=given.vector(mixer.dt_proj.weight, (D, R)),
+        dt_bias=given.vector(mixer.dt_proj.bias, (D,), _FLOAT32),
+        A_log=given.vector(mixer.A_log, (D, N), _FLOAT32),
+        D=given.vector(mixer.D, (D,), _FLOAT32),
+        out_proj=given.matrix(mixer.out_proj, (M, D)),
+        out_bias=given.vector(mixer.out_proj.bias, (M,)),
+    )
+    return weights if given.fit and mixer.x_proj.bias is None else None
+
+
+class _Given:
+    """Arrays as the kernels take them. `fit` becomes False with the first that is not."""
+
+    def __init__(self, narrow: np.dtype, arrays: list[np.ndarray]) -> None:
+        self.narrow, self.arrays, self.fit = narrow, arrays, True
+
+    def vector(self, array: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype | None = None) -> int:
+        """The address of an array of a shape, and of the narrow dtype unless another is named; 0 for None."""
+        from mambax_cpu.linear import address_of
+
+        if array is None:
+            return 0
+        flags = array.flags
+        if array.shape != shape or array.dtype != (dtype or self.narrow) or not flags.c_contiguous & flags.aligned:
+            self.fit = False
+        self.arrays.append(array)
+        return address_of(array)
+
+    def matrix(self, layer: Linear | QuantizedLinear, shape: tuple[int, int]) -> Weights:
+        """The weight of a linear layer."""
+        from mambax_cpu.chain import Weights
+        from mambax_cpu.linear import quantized
+
+        if isinstance(layer, Linear):
+            return Weights(self.narrow.name, *shape, self.vector(layer.weight, shape))
+        matrix = layer.quantized
+        for array in (matrix.weight, matrix.scales):
+            if not array.flags.c_contiguous:
+                self.fit = False
+            self.arrays.append(array)
+        if matrix.shape != shape:
+            self.fit = False
+        return quantized(matrix)

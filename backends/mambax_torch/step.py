@@ -1,0 +1,281 @@
+"""One token through a stack of blocks by the fused CPU kernels, where that means the same as calling the blocks.
+
+A stack is examined once. What was found holds as long as its modules, their classes, attributes and hooks, and the
+memory of their tensors are the same, which is looked at before every token.
+
+Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+from mambax.blocks import LayerState
+from mambax_torch.fused import why_not_cpu_kernels
+from mambax_torch.layers import CausalConv1d, Linear, RMSNorm
+from mambax_torch.quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from mambax_cpu.step import BlockWeights, Sizes, Stack
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+_OWN = ("mambax.blocks", "mambax_torch.layers", "mambax_torch.quantized")
+"""Where the definitions are that the kernels compute; a class that was patched has its ``forward`` from elsewhere."""
+
+
+class _Examined(NamedTuple):
+    """What a stack was found to be, and all that this rests on.
+
+    Attributes:
+        stack: for the kernels; None where the blocks have to be called one by one.
+        narrow: dtype of the small weights and the convolution's state.
+        wide: whether the residual stream is float32 whatever it is given as.
+        blocks: the blocks; they are not kept alive.
+        children: dictionaries of modules, and what was in them.
+        classes: of the blocks and all below, in order.
+        attributes: the dictionaries of their attributes, and how many there were.
+        hooks: dictionaries of what is to run before and after ``forward``.
+        tensors: dictionaries of parameters and buffers, and what was in them.
+        addresses: of those that are not None.
+    """
+
+    stack: Stack | None
+    narrow: torch.dtype
+    wide: bool
+    blocks: list[ReferenceType[Any]]
+    children: tuple[list[dict[str, Any]], list[Any]]
+    classes: list[type]
+    attributes: tuple[list[dict[str, Any]], list[int]]
+    hooks: list[dict[int, Any]]
+    tensors: tuple[list[dict[str, Any]], list[Any]]
+    addresses: list[int]
+
+    def tensors_if_same(self, layers: Sequence[Any]) -> list[Tensor] | None:
+        """The parameters and buffers of the stack; None where something about it is not as it was."""
+        blocks = [block() for block in self.blocks]
+        modules = [*blocks, *self.children[1]]
+        if len(layers) != len(blocks) or not all(map(is_, layers, blocks)) or not _same(*self.children):
+            return None
+        if not all(map(is_, map(type, modules), self.classes)):
+            return None
+        if list(map(len, self.attributes[0])) != self.attributes[1]:
+            return None
+        held = list(chain.from_iterable(tensors.values() for tensors in self.tensors[0]))
+        if len(held) != len(self.tensors[1]) or not all(map(is_, held, [known() for known in self.tensors[1]])):
+            return None
+        tensors = [tensor for tensor in held if tensor is not None]
+        if list(map(Tensor.data_ptr, tensors)) != self.addresses or not all(map(Tensor.is_contiguous, tensors)):
+            return None
+        return tensors
+
+
+def _same(dictionaries: list[dict[str, Any]], values: list[Any]) -> bool:
+    found = list(chain.from_iterable(dictionary.values() for dictionary in dictionaries))
+    return len(found) == len(values) and all(map(is_, found, values))
+
+
+_examined: WeakKeyDictionary[Any, _Examined] = WeakKeyDictionary()
+"""By the first block."""
+
+
+def decode_step(
+    layers: Sequence[Any], hidden: Tensor, states: Sequence[LayerState]
+) -> tuple[Tensor, tuple[LayerState, ...]] | None:
+    """See :meth:`mambax.backend.Backend.decode_step`."""
+    if torch.compiler.is_compiling() or hidden.shape[1] != 1 or not len(layers) or _watched(hidden):
+        return None
+    from mambax_cpu import linear, step
+
+    from mambax_torch.cpu_ops import may_call_directly
+
+    batch = hidden.shape[0]
+    if batch > linear.FEW_ROWS:
+        return None
+    examined, tensors = _examine(layers)
+    stack = examined.stack
+    if stack is None or any(examined.hooks) or not may_call_directly([hidden, *tensors]):
+        return None
+    sizes = stack.sizes
+    conv_shape, ssm_shape = (batch, sizes.width - 1, sizes.channels), (batch, sizes.channels, sizes.states)
+    convs = _addresses([state.conv for state in states], conv_shape, examined.narrow)
+    ssms = _addresses([state.ssm for state in states], ssm_shape, torch.float32)
+    if convs is None or ssms is None:
+        return None
+    conv = torch.empty((len(layers), *conv_shape), dtype=examined.narrow)
+    ssm = torch.empty((len(layers), *ssm_shape))
+    out = stack.advance(
+        hidden.detach()[:, 0].float().numpy(),
+        step.States(convs, ssms),
+        step.States(_places(conv), _places(ssm)),
+        torch.get_num_threads(),
+    )
+    dtype = torch.float32 if examined.wide else hidden.dtype
+    after = tuple(map(LayerState, conv.unbind(), ssm.unbind()))
+    return torch.from_numpy(out).to(dtype)[:, None], after
+
+
+def _watched(hidden: Tensor) -> bool:
+    """Whether the values are not the kernels', or someone is to see or change what is computed."""
+    if hidden.device.type != "cpu" or hidden.dtype not in _NAMES or torch.is_autocast_enabled("cpu"):
+        return True
+    if torch._C._len_torch_function_stack() or torch_module._has_any_global_hook():
+        return True
+    return bool(why_not_cpu_kernels(hidden))
+
+
+def _addresses(tensors: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> list[int] | None:
+    """Where contiguous tensors of a shape and dtype lie; None when one of them is none, or wants a gradient."""
+    gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.dtype != dtype or tensor.shape != shape or tensor.is_cuda:
+            return None
+        if not tensor.is_contiguous() or (gradients and tensor.requires_grad) or tensor.device.type != "cpu":
+            return None
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _places(tensor: Tensor) -> list[int]:
+    """Where the parts of a tensor along its first axis lie."""
+    size = tensor.stride(0) * tensor.element_size()
+    return [tensor.data_ptr() + size * i for i in range(len(tensor))]
+
+
+# --- what a stack is -----------------------------------------------------------------------------------------
+
+
+def _examine(layers: Sequence[Any]) -> tuple[_Examined, list[Tensor]]:
+    """What a stack is, from the first time if nothing has changed; and its tensors."""
+    found = _examined.get(layers[0])
+    tensors = None if found is None else found.tensors_if_same(layers)
+    if found is None or tensors is None:
+        found = _examined[layers[0]] = _find_out(layers)
+        tensors = found.tensors_if_same(layers) or []
+    return found, tensors
+
+
+def _find_out(layers: Sequence[Any]) -> _Examined:
+    blocks = list(layers)
+    parents = [parent for block in blocks for parent in (block, *block.children()) if parent._modules]
+    children = [child for parent in parents for child in parent._modules.values()]
+    modules = [module for module in (*blocks, *children) if module is not None]
+    attributes = [vars(module) for module in modules]
+    holders = [held for module in modules for held in (module._parameters, module._buffers)]
+    held = [tensor for holder in holders for tensor in holder.values()]
+    stack = _stack(blocks)
+    return _Examined(
+        stack=stack,
+        narrow=blocks[0].norm.weight.dtype if stack is not None else torch.float32,
+        wide=stack is not None and blocks[0].residual_in_fp32,
+        blocks=[ref(block) for block in blocks],
+        children=([parent._modules for parent in parents], children),
+        classes=[type(module) for module in (*blocks, *children)],
+        attributes=(attributes, [len(values) for values in attributes]),
+        hooks=[hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)],
+        tensors=(holders, [_nothing if tensor is None else ref(tensor) for tensor in held]),
+        addresses=[tensor.data_ptr() for tensor in held if tensor is not None],
+    )
+
+
+def _nothing() -> None:
+    """In the place of a reference to a tensor where there is none."""
+
+
+def _stack(blocks: Sequence[Any]) -> Stack | None:
+    """The blocks for the kernels, unless one of them is not what mambax makes."""
+    from mambax_cpu.step import Sizes, Stack, supported
+
+    if not all(_is_ours(block) for block in blocks):
+        return None
+    first = blocks[0]
+    config, narrow = first.mixer.config, first.norm.weight.dtype
+    sizes = Sizes(config.d_model, config.d_inner, config.d_state, config.d_conv, int(config.dt_rank))
+    weights = [_weights(block, sizes, narrow) for block in blocks]
+    fitting = [found for found in weights if found is not None]
+    if len(fitting) != len(blocks) or any(b.residual_in_fp32 != first.residual_in_fp32 for b in blocks):
+        return None
+    name = _NAMES[narrow]
+    return Stack(sizes, name, fitting) if supported(name, fitting) else None
+
+
+def _is_ours(block: Any) -> bool:
+    """Whether a block consists of the classes of this backend, called through their own ``forward``."""
+    from mambax_torch.models import Block, MambaMixer
+
+    if type(block) is not Block or type(block.mixer) is not MambaMixer or type(block.norm) is not RMSNorm:
+        return False
+    mixer = block.mixer
+    linears = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
+    parts = block, mixer, block.norm, mixer.conv1d, *linears
+    return (
+        mixer.config.scan in ("auto", "cpu")
+        and type(mixer.conv1d) is CausalConv1d
+        and all(type(linear) in (Linear, QuantizedLinear) for linear in linears)
+        and type(mixer.dt_proj) is Linear
+        and not any(vars(part).keys() & {"forward", "_compiled_call_impl"} for part in parts)
+        and all(type(part).forward.__module__ in _OWN for part in parts)
+    )
+
+
+def _weights(block: Any, sizes: Sizes, narrow: torch.dtype) -> BlockWeights | None:
+    """The weights of a block, unless one has a shape, dtype or layout that the kernels do not take."""
+    from mambax_cpu.step import BlockWeights
+
+    mixer = block.mixer
+    M, D, N, K, R = sizes
+    given = _Given(narrow)
+    weights = BlockWeights(
+        norm=given.vector(block.norm.weight, (M,)),
+        epsilon=block.norm.eps,
+        in_proj=given.matrix(mixer.in_proj, (2 * D, M)),
+        in_bias=given.vector(mixer.in_proj.bias, (2 * D,)),
+        conv=given.vector(mixer.conv1d.weight, (D, 1, K)),
+        conv_bias=given.vector(mixer.conv1d.bias, (D,)),
+        x_proj=given.matrix(mixer.x_proj, (R + 2 * N, D)),
+        dt_proj=given.vector(mixer.dt_proj.weight, (D, R)),
+        dt_bias=given.vector(mixer.dt_proj.bias, (D,), torch.float32),
+        A_log=given.vector(mixer.A_log, (D, N), torch.float32),
+        D=given.vector(mixer.D, (D,), torch.float32),
+        out_proj=given.matrix(mixer.out_proj, (M, D)),
+        out_bias=given.vector(mixer.out_proj.bias, (M,)),
+    )
+    return weights if given.fit and mixer.x_proj.bias is None else None
+
+
+class _Given:
+    """Tensors as the kernels take them. `fit` becomes False with the first that is not."""
+
+    def __init__(self, narrow: torch.dtype) -> None:
+        self.narrow, self.fit = narrow, narrow in _NAMES
+
+    def vector(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> int:
+        """The address of a tensor of a shape, and of the narrow dtype unless another is named; 0 for None."""
+        if tensor is None:
+            return 0
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+        if not plain or tensor.shape != shape or tensor.dtype != (dtype or self.narrow):
+            self.fit = False
+            return 0
+        self.fit &= tensor.is_contiguous()
+        return tensor.data_ptr()
+
+    def matrix(self, layer: Any, shape: tuple[int, int]) -> Any:
+        """The weight of a linear layer."""
+        from mambax_cpu.chain import Weights
+
+        from mambax_torch.linear_ops import _weights as quantized
+
+        if isinstance(layer, Linear):
+            return Weights(_NAMES.get(self.narrow, ""), *shape, self.vector(layer.weight, shape))
+        for tensor in (layer.weight, layer.scales):
+            plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
+            self.fit &= plain and (layer.out_features, layer.in_features) == shape
+        return quantized(layer.weight, layer.scales, layer.in_features)

@@ -1,0 +1,129 @@
+"""The mixer of Mamba-2.
+
+Dimensions: B batch, L length, M d_model, D d_inner = H P, H heads, P head_dim, G groups, N d_state, K d_conv,
+C channels of the convolution = D + 2 G N.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from mambax.backend import Array, Backend, Ops
+from mambax.config import Mamba2Options, MambaConfig
+from mambax.init import Initializer
+from mambax.layer_states import LayerState
+from mambax.scan import at_least_float32
+
+
+def gated_rms_norm(nn: Ops, y: Array, z: Array, weight: Array, groups: int, eps: float) -> Array:
+    """``rms(y * silu(z)) * weight``, the mean square taken over each of ``groups`` equal parts.
+
+    Args:
+        nn: the backend whose arrays these are.
+        y, z: (B, L, D).
+        weight: (D,).
+        groups: how many parts.
+        eps: added to the mean square.
+
+    Returns:
+        (B, L, D) in the dtype of the weight; statistics in float32.
+
+    Source: ``RMSNormGated`` of mamba_ssm with ``norm_before_gate=False``, which is what every public model has.
+    """
+    batch, length, width = y.shape
+    gated = at_least_float32(nn, y) * nn.silu(at_least_float32(nn, z))
+    parts = gated.reshape(batch, length, groups, width // groups)
+    scale = (nn.sum(parts * parts, axis=-1) / (width // groups) + eps)[..., None] ** -0.5
+    return nn.astype((parts * scale).reshape(batch, length, width), weight.dtype) * weight
+
+
+class Mamba2Mixer:
+    """The state-space mixer of Mamba-2 (Dao and Gu 2024, section 7; ``Mamba2`` in mamba_ssm).
+
+    Args:
+        config: the model's configuration; its ``mamba2`` has this mixer's sizes.
+        layer_idx: the block's number.
+        init: where initial weights come from; seed 0 when None.
+    """
+
+    nn: ClassVar[Backend]
+
+    def __init__(self, config: MambaConfig, layer_idx: int = 0, *, init: Initializer | None = None) -> None:
+        super().__init__()
+        nn, init = self.nn, init or Initializer()
+        if config.mamba2 is None:
+            raise ValueError("layer_types has 'mamba2', but mamba2 is None; expected its options")
+        options: Mamba2Options = config.mamba2
+        self.config, self.options, self.layer_idx = config, options, layer_idx
+        D, C, H, bias = options.d_inner, options.conv_channels, options.n_heads, options.use_bias
+        zeros = init.full((D + C + H,), 0.0) if bias else None
+        self.in_proj = nn.Linear(init.linear(D + C + H, config.d_model), zeros)
+        bound = options.d_conv**-0.5
+        self.conv1d = nn.CausalConv1d(
+            init.uniform((C, 1, options.d_conv), bound),
+            init.uniform((C,), bound) if options.use_conv_bias else None,
+        )
+        self.dt_bias = nn.Parameter(init.dt_bias(config, H))
+        self.A_log = nn.Parameter(init.A_log_of_heads(H))
+        self.D = nn.Parameter(init.full((H,), 1.0))
+        self.norm = nn.RMSNorm(init.full((D,), 1.0), options.norm_epsilon)
+        zeros = init.full((config.d_model,), 0.0) if bias else None
+        self.out_proj = nn.Linear(init.out_proj(config, D), zeros)
+
+    def forward(
+        self,
+        hidden: Array,
+        state: LayerState | None = None,
+        mask: Array | None = None,
+        boundaries: Array | None = None,
+    ) -> tuple[Array, LayerState]:
+        """Mix along the sequence; arguments and results as of :meth:`mambax.blocks.MambaMixer.forward`."""
+        nn, options = self.nn, self.options
+        batch, length, _ = hidden.shape
+        if state is not None:
+            self._check_state(state, batch)
+        D, C, H = options.d_inner, options.conv_channels, options.n_heads
+        groups = (options.n_groups, options.d_state)
+        projected = self.in_proj(hidden)  # (B, L, D + C + H)
+        z, xBC, dt = projected[..., :D], projected[..., D : D + C], projected[..., D + C :]
+        xBC, conv = self.conv1d(xBC, None if state is None else state.conv, mask, boundaries)
+        B, C_ = xBC[..., D : D + groups[0] * groups[1]], xBC[..., D + groups[0] * groups[1] :]
+        y, ssm = nn.ssd(
+            xBC[..., :D].reshape(batch, length, H, options.head_dim),
+            dt,
+            -nn.exp(at_least_float32(nn, self.A_log)),
+            B.reshape(batch, length, *groups),
+            C_.reshape(batch, length, *groups),
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=options.dt_limit,
+            initial_state=None if state is None else state.ssm,
+            mask=mask,
+            boundaries=boundaries,
+        )
+        y = gated_rms_norm(
+            nn, y.reshape(batch, length, D), z, self.norm.weight, options.n_groups, options.norm_epsilon
+        )
+        return self.out_proj(y), LayerState(conv, ssm)
+
+    def _check_state(self, state: LayerState, batch: int) -> None:
+        options = self.options
+        found = tuple(state.conv.shape), tuple(state.ssm.shape)
+        needed = (
+            (batch, options.d_conv - 1, options.conv_channels),
+            (batch, options.n_heads, options.head_dim, options.d_state),
+        )
+        if found != needed:
+            raise ValueError(
+                f"state: conv_state and ssm_state of layer {self.layer_idx} are {found[0]} and {found[1]}, but "
+                f"this model and input need {needed[0]} and {needed[1]}; use the state of the same model and rows"
+            )
+
+    def init_state(self, batch: int) -> LayerState:
+        """The state before the first position: zeros, (batch, K-1, C) and (batch, H, P, N)."""
+        nn, options, weight = self.nn, self.options, self.conv1d.weight
+        conv = nn.zeros((batch, options.d_conv - 1, options.conv_channels), weight.dtype, like=weight)
+        dtype = nn.float64 if weight.dtype == nn.float64 else nn.float32
+        shape = (batch, options.n_heads, options.head_dim, options.d_state)
+        return LayerState(conv, nn.zeros(shape, dtype, like=weight))
