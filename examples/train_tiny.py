@@ -2,8 +2,8 @@
 
     python examples/train_tiny.py examples/data/tinyshakespeare.txt runs/shakespeare
 
-The text is cut into BPE tokens by a vocabulary learnt from its first nine tenths; the rest is held out. The model is
-in ``runs/shakespeare/model`` afterwards, and the curve of its loss in ``runs/shakespeare/loss.png``.
+The text is cut into BPE tokens by a vocabulary learnt from its first nine tenths; the rest is held out. The model
+is in ``runs/shakespeare/model`` afterwards, and the curve of its loss in ``runs/shakespeare/loss.png``.
 """
 
 from __future__ import annotations

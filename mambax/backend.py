@@ -87,6 +87,10 @@ class Ops(Protocol):
 
     def log(self, x: Array) -> Array: ...
 
+    def cos(self, x: Array) -> Array: ...
+
+    def sin(self, x: Array) -> Array: ...
+
     def maximum(self, x: Array, y: float) -> Array: ...
 
     def sum(self, x: Array, axis: int) -> Array: ...
@@ -262,6 +266,15 @@ class Backend(Ops, Protocol):
         boundaries: Array | None = None,  # (B, L) bool
         impl: str = "auto",
     ) -> tuple[Array, Array]: ...  # y (B, L, H, P) in the dtype of x, final state (B, H, P, N) float32
+
+    def attention(
+        self,
+        q: Array,  # (B, H, L, P)
+        k: Array,  # (B, G, T, P)
+        v: Array,  # (B, G, T, P)
+        visible: Array,  # (B, L, T) bool
+        scale: float,
+    ) -> Array: ...  # (B, H, L, P)
 
     # --- the host edge ---------------------------------------------------------------------------------------
 

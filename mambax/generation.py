@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from mambax.backend import Backend
+from mambax.checkpoint.state_files import fits
 from mambax.decoding import Decoder, Progress
 from mambax.sampling import SamplingParams, UniformSource
 from mambax.state import InferenceParams
 from mambax.stopping import StopText
 
 if TYPE_CHECKING:
+    from mambax.checkpoint.mapping import Mappings
     from mambax.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length", "interrupted"]
@@ -78,6 +80,7 @@ class GenerationMixin:
     config: Any
     tokenizer: Tokenizer | None
     backbone: Any
+    mappings: Mappings
     init_state: Callable[[int], InferenceParams]
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
@@ -132,6 +135,7 @@ class GenerationMixin:
 
         The arguments are checked when this is called, not at the first event.
         """
+        self.mappings.check()
         prompt = _on_host(self.nn, prompt)
         prompts = [prompt] if _is_single(prompt) else [_on_host(self.nn, row) for row in prompt]
         params = SamplingParams(repetition_penalty, temperature, top_k, top_p, min_p)
@@ -179,9 +183,9 @@ def _check_state(state: InferenceParams, fresh: InferenceParams) -> None:
     state.check(fresh.nn.name, len(fresh.layers), fresh.batch)
     found = {name: tuple(array.shape) for name, array in state.arrays().items()}
     for name, array in fresh.arrays().items():
-        if found[name] != tuple(array.shape):
+        if not fits(found.get(name, ()), tuple(array.shape)):
             raise ValueError(
-                f"state: {name} is {found[name]}, but this model and input need {tuple(array.shape)}; use the "
+                f"state: {name} is {found.get(name)}, but this model and input need {tuple(array.shape)}; use the "
                 "state of the same model"
             )
 

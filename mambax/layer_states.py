@@ -22,11 +22,26 @@ class LayerState(NamedTuple):
     ssm: Array
 
 
+class AttentionState(NamedTuple):
+    """The state of an attention mixer; the only one that grows with the tokens.
+
+    Attributes:
+        key, value: (B, H, T, P) of every position so far, keys with their rotary embedding, in the dtype of the
+            activations.
+        number: (B, T) int64, which sequence of a packed row each position belongs to, counted from 0; -1 for a
+            position that does not exist.
+    """
+
+    key: Array
+    value: Array
+    number: Array
+
+
 class NoState(NamedTuple):
     """The state of a block that remembers nothing, such as an MLP."""
 
 
-KINDS: tuple[type[Any], ...] = (LayerState, NoState)
+KINDS: tuple[type[Any], ...] = (LayerState, AttentionState, NoState)
 """Every kind of layer state that a file may hold; no two have the same fields."""
 
 

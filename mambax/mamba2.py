@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mambax.backend import Array, Backend, Ops
-from mambax.config import Mamba2Options, MambaConfig
+from mambax.config import MambaConfig
 from mambax.init import Initializer
 from mambax.layer_states import LayerState
+from mambax.options import Mamba2Options
 from mambax.scan import at_least_float32
 
 

@@ -36,9 +36,23 @@ def mamba2(**changes: Any) -> Any:
     return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**(fields | changes)))
 
 
+def jamba(**changes: Any) -> Any:
+    import transformers
+
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 5,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "mamba_d_state": 7, "mamba_dt_rank": 5,
+        "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "num_experts": 5, "num_experts_per_tok": 2, "eos_token_id": None,
+    }  # fmt: skip
+    return transformers.JambaForCausalLM(transformers.JambaConfig(**(fields | changes)))
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "falcon_mamba": falcon_mamba,
     "falcon_mamba-biases-tied": lambda: falcon_mamba(use_bias=True, tie_word_embeddings=True, conv_kernel=3),
+    "jamba": jamba,
+    "jamba-dense": lambda: jamba(num_experts=1, num_experts_per_tok=1, mamba_proj_bias=True, rms_norm_eps=1e-4),
     "mamba2": mamba2,
     "mamba2-limits": lambda: mamba2(time_step_limit=[0.05, 0.2], n_groups=1, use_bias=True, use_conv_bias=False),
     "mamba2-codestral": lambda: mamba2(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import TORCH_COMPILES
-from mambax_cpu import conv_kernels, convolution, operands, scan
-from mambax_cpu.scan_forward import TILE
-from mambax_cpu.simd import WIDTH
+from mambax_cpu import convolution, scan
+from mambax_cpu.tiles import CONV_TILE, WIDTH
+from mambax_cpu.tiles import SCAN_TILE as TILE
 from test_cpu_kernels import SIZES, SPAN, conv_values, normal, scan_values, torch_leaves
 from tolerances import GRADIENT, assert_close, relative_error
 
@@ -22,7 +22,6 @@ TORCH = pytest.mark.skipif(not is_installed("torch"), reason="torch is not insta
 SHARES = pytest.mark.parametrize("share", [0.03, 0.5, 1.0])
 """How many of the steps begin a sequence, or exist."""
 
-CONV_TILE = conv_kernels.TILE
 CONV_SIZES = [(1, 1, 1), (3, 17, 4), (CONV_TILE, WIDTH, 4), (2 * CONV_TILE + 1, 3, 6), (200, 47, 1), (5, 2, 80)]
 """(L, D, K): borders of tiles and of blocks of channels, and a window wider than a tile."""
 
@@ -34,7 +33,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(*shape: int) -> np.ndarray:
         return np.full(shape, np.nan, np.float32)
 
-    for module in (operands, scan, convolution):
+    for module in (scan, convolution):
         monkeypatch.setattr(module, "room", poison)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from mambax_cpu import convolution, operands, scan
-from mambax_cpu.scan_backward import GROUP
-from mambax_cpu.scan_forward import TILE
-from mambax_cpu.simd import WIDTH, exp, exp2, load, pointer, sigmoid, softplus, store
+from mambax_cpu import convolution, scan
+from mambax_cpu.simd import exp, exp2, load, pointer, sigmoid, softplus, store
+from mambax_cpu.tiles import SCAN_GROUP as GROUP
+from mambax_cpu.tiles import SCAN_TILE as TILE
+from mambax_cpu.tiles import WIDTH
 from numba import njit
 from tolerances import GRADIENT, assert_close, relative_error
 
@@ -68,7 +69,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(*shape: int) -> np.ndarray:
         return np.full(shape, np.nan, np.float32)
 
-    for module in (operands, scan, convolution):
+    for module in (scan, convolution):
         monkeypatch.setattr(module, "room", poison)
 
 

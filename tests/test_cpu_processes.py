@@ -12,10 +12,10 @@ import threading
 import numpy as np
 import pytest
 from mambax_cpu import convolution, scan
-from mambax_cpu.scan_backward import GROUP
-from mambax_cpu.scan_forward import TILE
-from mambax_cpu.simd import WIDTH
 from mambax_cpu.threads import default_threads
+from mambax_cpu.tiles import SCAN_GROUP as GROUP
+from mambax_cpu.tiles import SCAN_TILE as TILE
+from mambax_cpu.tiles import WIDTH
 from test_cpu_kernels import conv_values, scan_values
 
 

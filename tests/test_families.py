@@ -23,7 +23,7 @@ from harness import (
 from tolerances import FORWARD, GRADIENT, assert_close, relative_error
 
 import mambax
-from mambax.config import Mamba2Options
+from mambax.options import Mamba2Options
 
 CASES = pytest.mark.parametrize("case", sorted(family_cases.CASES))
 BACKENDS = pytest.mark.parametrize("backend", backend_params())

@@ -10,8 +10,10 @@ Compiled code is kept on disk, beside the package or, where that cannot be writt
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 
+@cache
 def missing() -> str:
     """Why the kernels cannot run in this installation; empty when they can."""
     return "" if importlib.util.find_spec("numba") else "it needs Numba: pip install numba"

@@ -6,14 +6,14 @@ Dimensions: as of :mod:`mambax_cpu.phase_table`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mambax.quantization import BLOCK
 from mambax_cpu import phase_table as field
-from mambax_cpu import phases
+from mambax_cpu.compilation import KernelFile
 from mambax_cpu.threads import together
 
 _TASK = 32 << 10
@@ -25,18 +25,21 @@ _TASKS = 16
 _REST = (0.0, 2e-5, 1e-4, 1e-3)
 """Seconds for which a thread sleeps that has waited in vain, time after time."""
 
-KERNELS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("float32", "float32"): phases.float32,
-    ("bfloat16", "bfloat16"): phases.bfloat16,
-    ("float16", "float16"): phases.float16,
-    ("int8", "float32"): phases.int8_float32,
-    ("int8", "bfloat16"): phases.int8_bfloat16,
-    ("int8", "float16"): phases.int8_float16,
-    ("int4", "float32"): phases.int4_float32,
-    ("int4", "bfloat16"): phases.int4_bfloat16,
-    ("int4", "float16"): phases.int4_float16,
+_kernels = KernelFile("mambax_cpu.phases")
+
+KERNELS = {
+    ("float32", "float32"): "float32",
+    ("bfloat16", "bfloat16"): "bfloat16",
+    ("float16", "float16"): "float16",
+    ("int8", "float32"): "int8_float32",
+    ("int8", "bfloat16"): "int8_bfloat16",
+    ("int8", "float16"): "int8_float16",
+    ("int4", "float32"): "int4_float32",
+    ("int4", "bfloat16"): "int4_bfloat16",
+    ("int4", "float16"): "int4_float16",
 }
-"""The kernel for weights of a kind and narrow values of a kind. That of "int4" takes "int8" weights as well."""
+"""The kernel of :mod:`mambax_cpu.phases` for weights of a kind and narrow values of a kind. That of "int4" takes
+"int8" weights as well."""
 
 
 class Weights(NamedTuple):
@@ -100,11 +103,11 @@ def table_of(rows: Sequence[Mapping[int, int]]) -> np.ndarray:
     return table
 
 
-def perform(kernel: Callable[..., Any], table: np.ndarray, threads: int, scratch: int) -> None:
+def perform(kernel: str, table: np.ndarray, threads: int, scratch: int) -> None:
     """Work through the phases of a table.
 
     Args:
-        kernel: one of :data:`KERNELS`.
+        kernel: its name, of :data:`KERNELS`.
         table: of :func:`table_of`, each phase with a task at least. What its addresses lead to has to be kept until
             this returns, the table itself is kept for helpers that come late.
         threads: how many may take part.
@@ -112,12 +115,13 @@ def perform(kernel: Callable[..., Any], table: np.ndarray, threads: int, scratch
     """
     control = np.full(field.control_size(threads), -1, np.int64)
     room = np.empty((threads, scratch), np.float32)
+    function = getattr(_kernels, kernel)
     places = tuple(array.__array_interface__["data"][0] for array in (table, control, room))
 
     def work(slot: int, held: Any = (table, control, room)) -> None:
         own = places[2] + 4 * scratch * slot
         tries = 0
-        while not kernel(places[0], len(table), places[1], threads, slot, own):
+        while not function(places[0], len(table), places[1], threads, slot, own):
             time.sleep(_REST[min(tries, len(_REST) - 1)])
             tries += 1
 

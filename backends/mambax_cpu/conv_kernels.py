@@ -27,7 +27,6 @@ from mambax_cpu.memory import (
     zero,
 )
 from mambax_cpu.simd import (
-    WIDTH,
     integers_at,
     load,
     pointer,
@@ -36,29 +35,13 @@ from mambax_cpu.simd import (
     splat,
     store,
 )
-
-TILE = 64
-"""Steps of a tile of the backward kernel."""
+from mambax_cpu.tiles import CONV_TILE as TILE
+from mambax_cpu.tiles import WIDTH
 
 # Rows of the operand table (see operands.py); W is the weight as (D, K). Then, for the backward the
 # gradients given and those to write: of the weight (B, D, K) and the bias (B, D) one share per row of the batch.
 X, W, BIAS, INITIAL, FLAGS, Y = range(6)
 DY, DX, DW, DBIAS, DINITIAL = range(6, 11)
-
-
-def _vectors(integers: int) -> int:
-    """How many vectors of float32 hold that many int64."""
-    return -(-2 * integers // WIDTH)
-
-
-def forward_scratch(channels: int, width: int) -> int:
-    """float32 values that a thread of the forward kernel needs for D and K."""
-    return WIDTH * (-(-channels // WIDTH) * width + 1 + _vectors(width))
-
-
-def backward_scratch(width: int) -> int:
-    """float32 values that a thread of the backward kernel needs for K."""
-    return WIDTH * (TILE + 4 * width + 1 + 2 * _vectors(TILE + 2 * width))
 
 
 @inlined
@@ -91,7 +74,7 @@ def forward(table, length, channels, width, silu, first, last, scratch):  # prag
         table: the operand table up to Y.
         length, channels, width: L, D, K.
         silu: whether the output goes through SiLU.
-        scratch: float32, of :func:`forward_scratch`.
+        scratch: float32, of :func:`mambax_cpu.tiles.conv_scratch`.
     """
     views, size = integers_at(table.ctypes.data), 4 * WIDTH
     blocks = (channels + WIDTH - 1) // WIDTH
@@ -128,7 +111,8 @@ Window = namedtuple("Window", "weights dweights inner steps numbers spare")
 
 @kernel
 def backward(table, length, channels, width, silu, first, last, scratch):  # pragma: no cover
-    """Tasks `first` to `last` - 1 of the gradient, of B * ceil(D / 16). Arguments as of :func:`forward`."""
+    """Tasks `first` to `last` - 1 of the gradient, of B * ceil(D / 16). Arguments as of :func:`forward`, with
+    the table up to DINITIAL and scratch of :func:`mambax_cpu.tiles.conv_backward_scratch`."""
     views, base, size = integers_at(table.ctypes.data), scratch.ctypes.data, 4 * WIDTH
     integers = base + size * (4 * width + 1 + TILE)
     w = Window(

@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mambax_cpu import conv_kernels as kernel
-from mambax_cpu.operands import check_shape, flags, kernel_ready, refuse_float64, room, table
-from mambax_cpu.simd import WIDTH
+from mambax_cpu.buffers import room
+from mambax_cpu.compilation import KernelFile
+from mambax_cpu.operands import check_shape, flags, kernel_ready, refuse_float64, table
 from mambax_cpu.threads import default_threads, run
+from mambax_cpu.tiles import WIDTH, conv_backward_scratch, conv_scratch
+
+_kernels = KernelFile("mambax_cpu.conv_kernels")
 
 _SMALL = 1 << 18
 """Products (B L D K) below which waking another thread costs more than it saves."""
@@ -100,8 +103,8 @@ def forward(given: Arguments, *, threads: int | None = None) -> np.ndarray:
     views = table([*given.rows(), y])
 
     def work(first: int, last: int) -> None:
-        scratch = room(kernel.forward_scratch(channels, width))
-        kernel.forward(views, length, channels, width, given.silu, first, last, scratch)
+        scratch = room(conv_scratch(channels, width))
+        _kernels.forward(views, length, channels, width, given.silu, first, last, scratch)
 
     run(work, batch * length, _threads(given, threads))
     return y
@@ -125,8 +128,8 @@ def backward(given: Arguments, dy: np.ndarray, *, threads: int | None = None) ->
     views = table([*given.rows(), None, dy, dx, dweight, dbias, dinitial])
 
     def work(first: int, last: int) -> None:
-        scratch = room(kernel.backward_scratch(width))
-        kernel.backward(views, length, channels, width, given.silu, first, last, scratch)
+        scratch = room(conv_backward_scratch(width))
+        _kernels.backward(views, length, channels, width, given.silu, first, last, scratch)
 
     run(work, batch * -(-channels // WIDTH), _threads(given, threads))
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that is infinite is for the caller to notice

@@ -8,18 +8,15 @@ framework's own product is used, over weights that :func:`widen` makes float32 w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mambax.quantization import Quantized
-from mambax_cpu import linear_kernels as kernels
+from mambax.quantization import GROUP_SIZES, Quantized
 from mambax_cpu import phase_table as field
 from mambax_cpu import products
 from mambax_cpu.chain import KERNELS, Weights, perform, prepared_size, product_phase, table_of
-from mambax_cpu.linear_tiles import GROUP
+from mambax_cpu.compilation import KernelFile
 from mambax_cpu.operands import check_shape, refuse_float64
 from mambax_cpu.threads import default_threads, run
 
@@ -37,6 +34,7 @@ _SMALL = 1 << 20
 _CHUNK = 1 << 20
 """Weights that are made float32 together: they are multiplied while they are in cache."""
 
+_kernels = KernelFile("mambax_cpu.linear_kernels")
 
 _FLOATS = {
     np.dtype(np.float32): "float32",
@@ -83,12 +81,13 @@ def widen(weights: Weights, out: int, first: int, last: int, *, threads: int | N
     """
     kind, _, inputs, address, scales, shift = weights
     out -= 4 * first * inputs
+    widen_floats = getattr(_kernels, f"widen_{kind}")
 
     def work(begin: int, end: int) -> None:
         if kind == "int4":
-            kernels.widen_int4(address, scales, shift, inputs, out, first + begin, first + end)
+            _kernels.widen_int4(address, scales, shift, inputs, out, first + begin, first + end)
         else:
-            _WIDENED[kind](address, inputs, scales, out, first + begin, first + end)
+            widen_floats(address, inputs, scales, out, first + begin, first + end)
 
     count = last - first
     if count * inputs < _SMALL:
@@ -158,7 +157,7 @@ def linear(
 
 def quantized(matrix: Quantized) -> Weights:
     """A quantised matrix for the kernels, for as long as its arrays are kept; they are contiguous."""
-    shift = 0 if matrix.kind == "int8" else (matrix.group_size // GROUP).bit_length() - 1
+    shift = 0 if matrix.kind == "int8" else (matrix.group_size // GROUP_SIZES[0]).bit_length() - 1
     address, scales = address_of(matrix.weight), address_of(matrix.scales)
     return Weights(matrix.kind, len(matrix.weight), matrix.inputs, address, scales, shift)
 
@@ -186,10 +185,3 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     """The array with its elements one after another and aligned; a copy only where it has to be."""
     flags = array.flags
     return array if flags.c_contiguous and flags.aligned else np.array(array, order="C")
-
-
-_WIDENED: dict[str, Callable[..., Any]] = {
-    "bfloat16": kernels.widen_bfloat16,
-    "float16": kernels.widen_float16,
-    "int8": kernels.widen_int8,
-}

@@ -140,7 +140,7 @@ class Emitter:
         return vectors[0]
 
     def _halves_added(self, a: Any, b: Any, length: int) -> Any:
-        """Of runs of so many lanes in a, then in b, the first half of each plus the second: half as long, as many."""
+        """Of runs of so many lanes in a, then in b, the first half of each plus the second."""
         starts = [start + i for start in range(0, 2 * WIDTH, length) for i in range(length // 2)]
         first = self.builder.shuffle_vector(a, b, ir.Constant(INTEGERS, starts))
         second = self.builder.shuffle_vector(a, b, ir.Constant(INTEGERS, [i + length // 2 for i in starts]))

@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix whose weights are read once, in Numba: one function for each kind of weights.
+"""Products of a few rows with a matrix whose weights are read once, in Numba: a function for each kind of weights.
 
 They take the matrix in blocks of four rows, and each block through all rows of x: from memory it comes once, then
 it is in the first cache. `views` is a row of :mod:`mambax_cpu.phase_table`; rows `first` to `last` - 1 of the

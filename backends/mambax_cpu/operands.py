@@ -16,11 +16,6 @@ import numpy as np
 from mambax.scan import refuse_mask_with_boundaries
 
 
-def room(*shape: int) -> np.ndarray:
-    """Memory for float32 values that a kernel will write."""
-    return np.empty(shape, np.float32)
-
-
 @overload
 def kernel_ready(array: np.ndarray) -> np.ndarray: ...
 @overload

@@ -156,7 +156,7 @@ def int8_float32(table, phases, control, slots, slot, scratch):  # pragma: no co
 
 @kernel
 def int4_float32(table, phases, control, slots, slot, scratch):  # pragma: no cover
-    """As :func:`float32`; weights are of four bits, and int8 where the table says SECOND, narrow values float32."""
+    """As :func:`float32`; weights are of four bits (int8 where SECOND is set), narrow values float32."""
     return _work(words_at(0), pointer(0), table, phases, control, slots, slot, scratch)
 
 
@@ -168,7 +168,7 @@ def int8_bfloat16(table, phases, control, slots, slot, scratch):  # pragma: no c
 
 @kernel
 def int4_bfloat16(table, phases, control, slots, slot, scratch):  # pragma: no cover
-    """As :func:`float32`; weights are of four bits, and int8 where the table says SECOND, narrow values bfloat16."""
+    """As :func:`float32`; weights are of four bits (int8 where SECOND is set), narrow values bfloat16."""
     return _work(words_at(0), bfloat16_at(0), table, phases, control, slots, slot, scratch)
 
 
@@ -180,5 +180,5 @@ def int8_float16(table, phases, control, slots, slot, scratch):  # pragma: no co
 
 @kernel
 def int4_float16(table, phases, control, slots, slot, scratch):  # pragma: no cover
-    """As :func:`float32`; weights are of four bits, and int8 where the table says SECOND, narrow values float16."""
+    """As :func:`float32`; weights are of four bits (int8 where SECOND is set), narrow values float16."""
     return _work(words_at(0), float16_at(0), table, phases, control, slots, slot, scratch)

@@ -18,28 +18,17 @@ from llvmlite import binding, ir
 from numba import types
 
 from mambax_cpu.compilation import intrinsic, kernel, part
-from mambax_cpu.simd import WIDTH, floats, load, pointer, store
-
-STRIP = 48
-"""Columns of a strip: whole tiles on every processor."""
-
-BLOCK = 1024
-"""Inner indices of a block at most."""
+from mambax_cpu.simd import floats, load, pointer, store
+from mambax_cpu.tiles import BLOCK, EDGE, STRIP, WIDTH
 
 # The tile: 8 x 48 fills the 32 registers of AVX-512, 6 x 16 those of AVX2 (16 of eight) and NEON (32 of four).
 _ROWS, _VECTORS = (8, 3) if binding.get_host_cpu_features().get("avx512f") else (6, 1)
 _HALF = _ROWS // 2
 _COLUMNS = _VECTORS * WIDTH
 
-_EDGE = 8 * STRIP
 _INT64 = ir.IntType(64)
 _LANES = ir.VectorType(ir.FloatType(), WIDTH)
 _ORDER = ir.VectorType(ir.IntType(32), WIDTH)
-
-
-def scratch_size(group: int, inner: int) -> int:
-    """float32 values that a thread needs for strips in groups of that many."""
-    return 16 + _EDGE + group * STRIP * (1 + min(BLOCK, inner))
 
 
 def _at(builder: Any, base: Any, index: Any) -> Any:
@@ -191,10 +180,10 @@ def multiply(
         group: strips that a task takes together.
         splits: into how many ranges the rows are cut.
         first, last: tasks, of ceil(ceil(N / STRIP) / group) * splits.
-        scratch: float32, of :func:`scratch_size`.
+        scratch: float32, of :func:`mambax_cpu.tiles.product_scratch`.
     """
     edge = (scratch.ctypes.data + 63) // 64 * 64
-    biases = edge + 4 * _EDGE
+    biases = edge + 4 * EDGE
     panels = biases + 4 * STRIP * group
     for task in range(first, last):
         low, high = task // splits * group * STRIP, min(columns, (task // splits + 1) * group * STRIP)

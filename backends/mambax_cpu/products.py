@@ -13,9 +13,13 @@ from functools import cache
 
 import numpy as np
 
-from mambax_cpu import product_kernels as kernel
-from mambax_cpu.operands import check_shape, kernel_ready, refuse_float64, room
+from mambax_cpu.buffers import room
+from mambax_cpu.compilation import KernelFile
+from mambax_cpu.operands import check_shape, kernel_ready, refuse_float64
 from mambax_cpu.threads import default_threads, run
+from mambax_cpu.tiles import BLOCK, STRIP, WIDTH, product_scratch
+
+_kernels = KernelFile("mambax_cpu.product_kernels")
 
 _SMALL = 1 << 18
 """Products (M N K) below which waking another thread costs more than it saves."""
@@ -79,20 +83,20 @@ def product(
     strides = [stride // 4 for x in (a, b, out) for stride in x.strides]
 
     def work(first: int, last: int) -> None:
-        scratch = room(kernel.scratch_size(group, inner))
-        kernel.multiply(
+        scratch = room(product_scratch(group, inner))
+        _kernels.multiply(
             addresses[0], strides[0], addresses[1], strides[2], strides[3], addresses[2], strides[4], addresses[3],
             rows, columns, inner, group, splits, first, last, scratch,
         )  # fmt: skip
 
-    run(work, -(-columns // (kernel.STRIP * group)) * splits, threads)
+    run(work, -(-columns // (STRIP * group)) * splits, threads)
     return out
 
 
 def _division(rows: int, columns: int, inner: int, threads: int) -> tuple[int, int]:
     """How many strips a task takes, and into how many ranges the rows are cut."""
-    strips = -(-columns // kernel.STRIP)
-    group = max(1, _CACHED // (4 * kernel.STRIP * min(inner, kernel.BLOCK)))
+    strips = -(-columns // STRIP)
+    group = max(1, _CACHED // (4 * STRIP * min(inner, BLOCK)))
     group = max(1, min(group, strips // (_PIECES * threads)))
     splits = -(-_PIECES * threads // -(-strips // group)) if threads > 1 else 1
     return group, max(1, min(splits, rows // _SHORTEST))
@@ -108,9 +112,9 @@ def _with_contiguous_rows(a: np.ndarray, threads: int) -> np.ndarray:
     stride = a.strides[1] // 4
 
     def work(first: int, last: int) -> None:
-        kernel.transpose(source, stride, target, rows, columns, first, last)
+        _kernels.transpose(source, stride, target, rows, columns, first, last)
 
-    run(work, -(-rows // 16), threads)
+    run(work, -(-rows // WIDTH), threads)
     return copy
 
 

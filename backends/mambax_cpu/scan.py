@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mambax_cpu import scan_backward as gradient
-from mambax_cpu import scan_forward as kernel
-from mambax_cpu.operands import check_shape, flags, kernel_ready, refuse_float64, room, table
-from mambax_cpu.simd import WIDTH
+from mambax_cpu.buffers import room
+from mambax_cpu.compilation import KernelFile
+from mambax_cpu.operands import check_shape, flags, kernel_ready, refuse_float64, table
 from mambax_cpu.threads import default_threads, run
+from mambax_cpu.tiles import SCAN_GROUP, SCAN_TILE, WIDTH, scan_backward_scratch, scan_scratch
+
+_forward, _backward = KernelFile("mambax_cpu.scan_forward"), KernelFile("mambax_cpu.scan_backward")
 
 _SMALL = 1 << 18
 """Updates of a state (B L D N) below which waking another thread costs more than it saves."""
@@ -120,7 +122,7 @@ def arguments(
 
 def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
     """The shape of the states that a scan saves: one per block of channels and tile."""
-    return batch, -(-channels // WIDTH), -(-length // kernel.TILE), states, WIDTH
+    return batch, -(-channels // WIDTH), -(-length // SCAN_TILE), states, WIDTH
 
 
 def forward(
@@ -144,8 +146,8 @@ def forward(
     views = table([*given.rows(saved), y, final])
 
     def work(first: int, last: int) -> None:
-        scratch = room(kernel.scratch_size(states))
-        kernel.forward(views, length, channels, states, given.delta_softplus, first, last, scratch)
+        scratch = room(scan_scratch(states))
+        _forward.forward(views, length, channels, states, given.delta_softplus, first, last, scratch)
 
     run(work, batch * blocks, _threads(given, threads))
     return y, final, saved
@@ -175,7 +177,7 @@ def backward(
         ValueError: for a shape that does not fit, and when no states were saved.
     """
     batch, length, channels, states = given.sizes
-    groups = -(-channels // (WIDTH * gradient.GROUP))
+    groups = -(-channels // (WIDTH * SCAN_GROUP))
     if saved is None:
         raise ValueError("selective_scan: the backward pass needs the saved states; call forward with save=True")
     check_shape("selective_scan", "saved", saved, saved_shape(*given.sizes))
@@ -190,8 +192,8 @@ def backward(
     views = table([*given.rows(saved), None, None, dy, dfinal, du, ddelta, dz, db, dc, da, dskip, dbias, dinitial])
 
     def work(first: int, last: int) -> None:
-        scratch = room(gradient.scratch_size(states))
-        gradient.backward(views, length, channels, states, given.delta_softplus, first, last, scratch)
+        scratch = room(scan_backward_scratch(states))
+        _backward.backward(views, length, channels, states, given.delta_softplus, first, last, scratch)
 
     run(work, batch * groups, _threads(given, threads))
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that is infinite is for the caller to notice

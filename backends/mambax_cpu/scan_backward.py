@@ -38,7 +38,6 @@ from mambax_cpu.scan_forward import (
     FINAL,
     FLAGS,
     SAVED,
-    TILE,
     A,
     B,
     C,
@@ -48,7 +47,6 @@ from mambax_cpu.scan_forward import (
 )
 from mambax_cpu.simd import (
     LOG2_E,
-    WIDTH,
     exp2,
     integers_at,
     load,
@@ -60,9 +58,10 @@ from mambax_cpu.simd import (
     store,
     total,
 )
-
-GROUP = 4
-"""Blocks of sixteen channels that a task handles, their shares in the gradients of B and C in one sum."""
+from mambax_cpu.tiles import BACKWARD_VECTORS as VECTORS
+from mambax_cpu.tiles import SCAN_GROUP as GROUP
+from mambax_cpu.tiles import SCAN_TILE as TILE
+from mambax_cpu.tiles import WIDTH
 
 # Rows of the operand table after those of the forward kernel: gradients given, then gradients to write. Those of B
 # and C have one share per group, (groups, B * L, N); those of A, D and the bias one per row of the batch.
@@ -71,13 +70,6 @@ DY, DFINAL, DU, DDELTA, DZ, DB, DC, DA, DD, DBIAS, DINITIAL = range(FINAL + 1, F
 # Buffers of a tile, TILE vectors each: delta, u, delta u, g, ungated y, sums over n towards ddelta and du, the
 # decays and the states of one n (`states` has one vector more).
 Tile = namedtuple("Tile", "dt x dtu g y ddt gb decay states")
-
-_VECTORS = 9 * (TILE + 5) + 2
-
-
-def scratch_size(states: int) -> int:
-    """float32 values that a thread of the kernel needs for N = states."""
-    return WIDTH * (_VECTORS + 2 * TILE * states + GROUP * (3 * states + 2))
 
 
 @inlined
@@ -105,12 +97,12 @@ def backward(table, length, channels, states, use_softplus, first, last, scratch
         length, channels, states: L, D, N.
         use_softplus: whether delta went through softplus.
         first, last: tasks, of B * ceil(D / (16 GROUP)).
-        scratch: float32, of :func:`scratch_size`.
+        scratch: float32, of :func:`mambax_cpu.tiles.scan_backward_scratch`.
     """
     size = 4 * WIDTH
     views, base = integers_at(table.ctypes.data), scratch.ctypes.data
-    tile, spare = _tile(base), pointer(base + size * (_VECTORS - 1))
-    base += size * _VECTORS
+    tile, spare = _tile(base), pointer(base + size * (VECTORS - 1))
+    base += size * VECTORS
     db, base = pointer(base), base + size * states * TILE
     dc, base = pointer(base), base + size * states * TILE
     part = size * (3 * states + 2)  # of a block: A, the gradient of the later state, that of A, sums for D and bias

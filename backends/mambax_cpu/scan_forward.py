@@ -27,7 +27,6 @@ from mambax_cpu.memory import (
 )
 from mambax_cpu.simd import (
     LOG2_E,
-    WIDTH,
     exp2,
     integers_at,
     load,
@@ -40,17 +39,11 @@ from mambax_cpu.simd import (
     store,
     total,
 )
-
-TILE = 32
-"""Steps of a tile; the state is saved once per tile for the backward pass."""
+from mambax_cpu.tiles import SCAN_TILE as TILE
+from mambax_cpu.tiles import WIDTH
 
 # Rows of the operand table (see operands.py).
 U, DELTA, Z, B, C, FLAGS, A, D, BIAS, INITIAL, SAVED, Y, FINAL = range(13)
-
-
-def scratch_size(states: int) -> int:
-    """float32 values that a thread of the kernel needs for N = states."""
-    return WIDTH * (3 * TILE + 1 + 2 * states)
 
 
 @part
@@ -87,7 +80,7 @@ def forward(table, length, channels, states, use_softplus, first, last, scratch)
         length, channels, states: L, D, N.
         use_softplus: whether delta goes through softplus.
         first, last: tasks, of B * ceil(D / 16).
-        scratch: float32, of :func:`scratch_size`.
+        scratch: float32, of :func:`mambax_cpu.tiles.scan_scratch`.
     """
     views, base = integers_at(table.ctypes.data), scratch.ctypes.data
     dt, dtu = pointer(base), pointer(base + 4 * TILE * WIDTH)

@@ -20,9 +20,7 @@ from numba.core import cgutils
 from numba.extending import models, register_model
 
 from mambax_cpu.compilation import intrinsic, overload
-
-WIDTH = 16
-"""Lanes of a value."""
+from mambax_cpu.tiles import WIDTH
 
 _FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 _INTEGERS = ir.VectorType(ir.IntType(32), WIDTH)

@@ -17,13 +17,12 @@ import numpy as np
 
 from mambax_cpu import phase_table as field
 from mambax_cpu.chain import KERNELS, Weights, perform, prepared_size, product_phase, table_of
-from mambax_cpu.linear import FEW_ROWS
 
 _CHANNELS = 64
 """Channels of a task of the recurrence."""
 
 _FETCHED = 768 << 10
-"""Bytes of out_proj that are fetched during the recurrence, at most: they have to stay in the second-level cache."""
+"""Bytes of out_proj that are fetched during the recurrence, at most: what the second-level caches can keep."""
 
 _VECTOR = 16
 

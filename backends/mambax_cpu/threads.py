@@ -129,7 +129,7 @@ def run(kernel: Callable[[int, int], Any], count: int, threads: int) -> None:
                 return
             try:
                 kernel(first, last)
-            except BaseException as error:  # noqa: BLE001 raised again by the caller
+            except BaseException as error:
                 done.put(error)
             else:
                 done.put(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mambax_mlx.attention import attention
 from mambax_mlx.describe import describe
 from mambax_mlx.duality import ssd
 from mambax_mlx.fused import causal_conv1d, scan_implementations, selective_scan

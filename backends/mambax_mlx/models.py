@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mambax_mlx
-from mambax import blocks, mamba2, models, state
+from mambax import attention, blocks, mamba2, mlp, models, state
 from mambax.backend import Backend
 from mambax_mlx.layers import Embedding, Linear
 from mambax_mlx.module import Module
@@ -24,9 +24,28 @@ class Mamba2Mixer(mamba2.Mamba2Mixer, Module):
     nn: ClassVar[Backend] = mambax_mlx
 
 
+class AttentionMixer(attention.AttentionMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+
+
+class MLPMixer(mlp.MLPMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+
+
+class MoEMixer(mlp.MoEMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    expert_cls = MLPMixer
+
+
 class Block(blocks.Block, Module):
     nn: ClassVar[Backend] = mambax_mlx
-    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
+    mixers: ClassVar[Mapping[str, Any]] = {
+        "mamba": MambaMixer,
+        "mamba2": Mamba2Mixer,
+        "attention": AttentionMixer,
+        "mlp": MLPMixer,
+        "moe": MoEMixer,
+    }
 
 
 class MambaEncoder(models.MambaEncoder, Module):

@@ -18,9 +18,9 @@ import numpy as np
 from mambax_mlx.host import default_device, exp
 
 __all__ = [
-    "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cumulative_logsumexp",
+    "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cos", "cumulative_logsumexp",
     "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
-    "log", "max", "maximum", "name", "no_grad", "silu", "softplus", "sort", "stack", "stop_gradient", "sum",
+    "log", "max", "maximum", "name", "no_grad", "silu", "sin", "softplus", "sort", "stack", "stop_gradient", "sum",
     "take_along_axis", "to_numpy", "unstack", "version", "where", "zeros",
 ]  # fmt: skip
 
@@ -101,6 +101,16 @@ def take_along_axis(x: Array, indices: Array, axis: int) -> Array:
 def log(x: Array) -> Array:
     """Natural logarithm."""
     return mx.log(x)
+
+
+def cos(x: Array) -> Array:
+    """Cosine."""
+    return mx.cos(x)
+
+
+def sin(x: Array) -> Array:
+    """Sine."""
+    return mx.sin(x)
 
 
 def maximum(x: Array, y: float) -> Array:

@@ -10,11 +10,10 @@ import numpy as np
 
 from mambax.init import Initial, Placeholder
 
-
 examined: WeakKeyDictionary[Module, Any] = WeakKeyDictionary()
 """What was found out about modules and what is in them; forgotten as soon as an attribute of any module changes."""
 
-_stamp = object()
+_stamp = object()  # another one after every change
 
 
 def stamp() -> object:

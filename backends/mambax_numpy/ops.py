@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 
 __all__ = [
-    "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cumulative_logsumexp",
+    "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cos", "cumulative_logsumexp",
     "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
-    "log", "max", "maximum", "name", "no_grad", "silu", "softplus", "sort", "stack", "stop_gradient", "sum",
+    "log", "max", "maximum", "name", "no_grad", "silu", "sin", "softplus", "sort", "stack", "stop_gradient", "sum",
     "take_along_axis", "to_numpy", "unstack", "version", "where", "zeros",
 ]  # fmt: skip
 
@@ -87,6 +87,16 @@ def exp(x: Array) -> Array:
 def log(x: Array) -> Array:
     """Natural logarithm."""
     return np.log(x)
+
+
+def cos(x: Array) -> Array:
+    """Cosine."""
+    return np.cos(x)
+
+
+def sin(x: Array) -> Array:
+    """Sine."""
+    return np.sin(x)
 
 
 def maximum(x: Array, y: float) -> Array:

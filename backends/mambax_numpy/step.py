@@ -26,7 +26,7 @@ _FLOAT32 = np.dtype(np.float32)
 _NARROW = ("float32", "bfloat16", "float16")
 
 _OWN = ("mambax.blocks", "mambax_numpy.layers", "mambax_numpy.quantized")
-"""Where the definitions are that the kernels compute; a class that was patched has its ``forward`` from elsewhere."""
+"""Where the definitions are that the kernels compute; a patched class has its ``forward`` from elsewhere."""
 
 
 class _Examined(NamedTuple):
@@ -143,6 +143,7 @@ def _is_ours(block: Any) -> bool:
     return (
         mixer.config.scan in ("auto", "cpu")
         and mixer.config.dt_b_c_norm == "none"
+        and mixer.config.dt_b_c_norm == "none"
         and type(mixer.conv1d) is CausalConv1d
         and all(type(linear) in (Linear, QuantizedLinear) for linear in linears)
         and type(mixer.dt_proj) is Linear
@@ -151,9 +152,7 @@ def _is_ours(block: Any) -> bool:
     )
 
 
-def _weights(
-    block: Any, sizes: Any, narrow: np.dtype, arrays: list[np.ndarray]
-) -> BlockWeights | None:
+def _weights(block: Any, sizes: Any, narrow: np.dtype, arrays: list[np.ndarray]) -> BlockWeights | None:
     """The weights of a block, unless one has a shape, dtype or layout that the kernels do not take."""
     from mambax_cpu.step import BlockWeights
 

@@ -1,7 +1,7 @@
 """One token through a stack of blocks on an NVIDIA GPU, where that means the same as calling the blocks.
 
-Per block: the norm together with the addition of what the block before made, in_proj, two launches for all that lies
-between (:mod:`mambax_torch.kernels.step_block`), out_proj. In a CUDA graph the checks here cost nothing.
+Per block: the norm together with the addition of what the block before made, in_proj, two launches for all that
+lies between (:mod:`mambax_torch.kernels.step_block`), out_proj. In a CUDA graph the checks here cost nothing.
 
 Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
 """
@@ -52,7 +52,7 @@ def _watched(hidden: Tensor) -> bool:
         return True
     if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
-    return torch_module._has_any_global_hook()
+    return bool(torch_module._has_any_global_hook())
 
 
 def _is_ours(block: Any, hidden: Tensor) -> bool:
@@ -62,7 +62,7 @@ def _is_ours(block: Any, hidden: Tensor) -> bool:
     if type(block) is not Block or type(block.mixer) is not MambaMixer or type(block.norm) is not RMSNorm:
         return False
     mixer = block.mixer
-    if mixer.config.dt_b_c_norm is not None or mixer.config.scan not in ("auto", "triton"):
+    if mixer.config.dt_b_c_norm != "none" or mixer.config.scan not in ("auto", "triton"):
         return False
     if type(mixer.conv1d) is not CausalConv1d or type(mixer.dt_proj) is not Linear:
         return False
@@ -74,7 +74,7 @@ def _is_ours(block: Any, hidden: Tensor) -> bool:
         mixer.A_log, mixer.D,
     )  # fmt: skip
     plain = (Tensor, torch.nn.Parameter)
-    return all(t is None or (type(t) in plain and t.device == hidden.device) for t in tensors)
+    return all(t is None or (type(t) in plain and t.device == hidden.device and t.is_contiguous()) for t in tensors)
 
 
 def _fits(block: Any, state: LayerState, hidden: Tensor) -> bool:

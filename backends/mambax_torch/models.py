@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch.utils._pytree import register_pytree_node
 
 import mambax_torch
-from mambax import blocks, mamba2, models, state
+from mambax import attention, blocks, mamba2, mlp, models, state
 from mambax.backend import Backend
 from mambax_torch.layers import Embedding, Linear
 from mambax_torch.module import Module
@@ -26,9 +26,28 @@ class Mamba2Mixer(mamba2.Mamba2Mixer, Module):
     nn: ClassVar[Backend] = mambax_torch
 
 
+class AttentionMixer(attention.AttentionMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class MLPMixer(mlp.MLPMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class MoEMixer(mlp.MoEMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    expert_cls = MLPMixer
+
+
 class Block(blocks.Block, Module):
     nn: ClassVar[Backend] = mambax_torch
-    mixers: ClassVar[Mapping[str, Any]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
+    mixers: ClassVar[Mapping[str, Any]] = {
+        "mamba": MambaMixer,
+        "mamba2": Mamba2Mixer,
+        "attention": AttentionMixer,
+        "mlp": MLPMixer,
+        "moe": MoEMixer,
+    }
 
 
 class MambaEncoder(models.MambaEncoder, Module):

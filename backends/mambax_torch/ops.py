@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cumulative_logsumexp",
+    "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cos", "cumulative_logsumexp",
     "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
-    "log", "max", "maximum", "name", "no_grad", "silu", "softplus", "sort", "stack", "stop_gradient", "sum",
+    "log", "max", "maximum", "name", "no_grad", "silu", "sin", "softplus", "sort", "stack", "stop_gradient", "sum",
     "take_along_axis", "to_numpy", "unstack", "version", "where", "zeros",
 ]  # fmt: skip
 
@@ -88,6 +88,16 @@ def exp(x: Tensor) -> Tensor:
 def log(x: Tensor) -> Tensor:
     """Natural logarithm."""
     return torch.log(x)
+
+
+def cos(x: Tensor) -> Tensor:
+    """Cosine."""
+    return torch.cos(x)
+
+
+def sin(x: Tensor) -> Tensor:
+    """Sine."""
+    return torch.sin(x)
 
 
 def maximum(x: Tensor, y: float) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -38,10 +39,8 @@ def _kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from mambax_cpu import products
 
     rows = x.reshape(-1, x.shape[-1])
-    y = torch.empty((rows.shape[0], weight.shape[0]), dtype=torch.float32)
-    threads = torch.get_num_threads()
-    products.product(*map(array, (rows, weight, bias)), out=y.numpy(), threads=threads)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    y = products.product(*map(array, (rows, weight, bias)), threads=torch.get_num_threads())
+    return torch.from_numpy(y).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,14 +59,12 @@ def fastest(dtype: torch.dtype) -> Way:
     # values that need no random numbers: those are the user's
     x, weight = (torch.full((size, 512), 0.5, dtype=dtype, device="cpu") for size in (256, 768))
     with torch.no_grad():
-        for _ in range(_ROUNDS):
-            for way in times:
-                start = time.perf_counter()
-                try:
+        for way in times:  # one after another: PyTorch's threads go on for a while when they have nothing to do
+            with suppress(AttributeError, RuntimeError):  # this build, or this processor, does not have it
+                for _ in range(_ROUNDS):
+                    start = time.perf_counter()
                     way(x, weight, None)
-                except (AttributeError, RuntimeError):  # this build, or this processor, does not have it
-                    continue
-                times[way] = min(times[way], time.perf_counter() - start)
+                    times[way] = min(times[way], time.perf_counter() - start)
     best, *others = times
     for way in others:
         if times[way] < _CLEARLY * times[best]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _OWN = ("mambax.blocks", "mambax_torch.layers", "mambax_torch.quantized")
-"""Where the definitions are that the kernels compute; a class that was patched has its ``forward`` from elsewhere."""
+"""Where the definitions are that the kernels compute; a patched class has its ``forward`` from elsewhere."""
 
 
 class _Examined(NamedTuple):
@@ -91,6 +91,10 @@ def decode_step(
     layers: Sequence[Any], hidden: Tensor, states: Sequence[LayerState]
 ) -> tuple[Tensor, tuple[LayerState, ...]] | None:
     """See :meth:`mambax.backend.Backend.decode_step`."""
+    if hidden.is_cuda:
+        from mambax_torch import graph_step
+
+        return graph_step.decode_step(layers, hidden, states)
     if torch.compiler.is_compiling() or hidden.shape[1] != 1 or not len(layers) or _watched(hidden):
         return None
     from mambax_cpu import linear, step
@@ -217,6 +221,7 @@ def _is_ours(block: Any) -> bool:
     parts = block, mixer, block.norm, mixer.conv1d, *linears
     return (
         mixer.config.scan in ("auto", "cpu")
+        and mixer.config.dt_b_c_norm == "none"
         and type(mixer.conv1d) is CausalConv1d
         and all(type(linear) in (Linear, QuantizedLinear) for linear in linears)
         and type(mixer.dt_proj) is Linear

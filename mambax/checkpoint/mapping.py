@@ -15,6 +15,7 @@ import mmap
 import os
 import sys
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +59,24 @@ class MappedFile:
         """
         if identity_of(self._file) != self._identity:
             raise ValueError(
-                f"{self.path}: the file was written to after a model was loaded from it, and the model uses it where "
-                "it lies; load the model again. To keep both, write a new file and move it to the place of the old"
+                f"{self.path}: the file was written to after a model was loaded from it, which uses it where it "
+                "lies; load the model again. To keep both, write a new file and move it to the place of the old one"
             )
 
 
-class Mappings(tuple[MappedFile, ...]):
+class Mappings:
     """The files that a model uses. A copy of the model, or one that was pickled, uses none."""
+
+    def __init__(self, files: Iterable[MappedFile] = ()) -> None:
+        self.files = tuple(files)
 
     def check(self) -> None:
         """Refuse to go on when one of them has been written to; see :meth:`MappedFile.check`."""
-        for file in self:
+        for file in self.files:
             file.check()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Mappings, ()
-
-    def __deepcopy__(self, memo: Any) -> Mappings:
-        return Mappings()
 
 
 def identity_of(file: int | Path) -> tuple[int, ...]:

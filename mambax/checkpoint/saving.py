@@ -47,10 +47,12 @@ def save_pretrained(
         max_shard_size: bytes; above it the weights go into several files with an index.
 
     Raises:
-        ValueError: when the weights are not those that a ``config.json`` can describe, or not finite.
+        ValueError: when the weights are not those that a ``config.json`` can describe, or not finite, and when the
+            file that they were loaded from has been written to.
         OSError: when a file cannot be written.
     """
     target = Path(folder).expanduser()
+    model.mappings.check()
     parameters = model.nn.parameters(model)
     described = _describe(model)
     described = dataclasses.replace(described, quantization=_quantization(parameters, described))

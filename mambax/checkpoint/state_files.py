@@ -75,16 +75,22 @@ def read_state(
     if expected is not None:
         needed: Shapes = {name: shape[1:] for name, shape in expected.items()}
         found: Shapes = {name: info.shape[1:] for name, info in file.tensors.items()}
-        if found != needed:
+        if found.keys() != needed.keys() or not all(fits(found[name], needed[name]) for name in needed):
             raise ValueError(
                 f"{path}: a state of {_summary(found)}; this model needs {_summary(needed)}; load it with the "
                 "model it is of"
             )
     arrays = {name: file.read(name) for name in file.tensors}
     for name, array in arrays.items():
-        if not (array.min(initial=0) >= 0 if name == "tokens_seen" else is_finite(array)):
+        least = 0 if name == "tokens_seen" else -1
+        if not (array.min(initial=0) >= least if array.dtype == np.int64 else is_finite(array)):
             raise ValueError(f"{path}: {name} has values that no model produces (NaN, infinite or negative counts)")
     return arrays, count
+
+
+def fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether an array of a state has the shape of a fresh one's. An axis that is 0 in a fresh state grows."""
+    return len(shape) == len(expected) and all(e in (n, 0) for n, e in zip(shape, expected, strict=True))
 
 
 def _summary(shapes: Shapes) -> str:
@@ -137,8 +143,8 @@ def _check_agreement(file: SafetensorsFile, seen: TensorInfo, layers: Mapping[in
         for field, info in fields.items():
             if info != layers[number][field]:
                 raise ValueError(
-                    f"{file.path}: layers.{i}.{field}_state is {info}, expected {layers[number][field]} as in layer "
-                    f"{number}"
+                    f"{file.path}: layers.{i}.{field}_state is {info}, expected {layers[number][field]} as in "
+                    f"layer {number}"
                 )
 
 
@@ -149,6 +155,10 @@ def _belong(seen: TensorInfo, fields: Mapping[str, TensorInfo]) -> bool:
         or any(info.shape[:1] != seen.shape for info in fields.values())
     ):
         return False
+    if "number" in fields:
+        key, value, number = (fields[name] for name in ("key", "value", "number"))
+        shaped = len(key.shape) == 4 and key == value and number.shape == (key.shape[0], key.shape[2])
+        return shaped and number.dtype == np.int64 and key.dtype in FLOATS.values()
     if {info.dtype for info in fields.values()} - set(FLOATS.values()):
         return False
     conv, ssm = fields["conv"].shape, fields["ssm"].shape

@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mambax.config import Mamba2Options, MambaLMConfig
+from mambax.config import MambaLMConfig
 from mambax.families.family import CAUSAL_LM, ENCODER, Family, Fields
 from mambax.families.mamba import to_parameter
 from mambax.families.translation import merged_ssm_cfg, padded, refuse, require, spelled_fields
+from mambax.options import Mamba2Options
 
 MODEL_TYPE = "mamba2"
 

@@ -1,0 +1,161 @@
+"""Attention beside the state-space mixers of a hybrid model, its cache a state like any other.
+
+Dimensions: B batch, L length, M d_model, H heads of queries, G heads of keys and values, R = H / G, P head_dim,
+T positions so far, those of this call included.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mambax.backend import Array, Backend, Ops
+from mambax.config import MambaConfig
+from mambax.init import Initializer
+from mambax.layer_states import AttentionState
+from mambax.options import AttentionOptions
+from mambax.scan import at_least_float32, refuse_mask_with_boundaries
+
+
+def attention(nn: Ops, q: Array, k: Array, v: Array, visible: Array, scale: float) -> Array:
+    """``softmax(scale q k^T) v`` over the positions that each query may see.
+
+    Args:
+        nn: the backend whose arrays these are.
+        q: (B, H, L, P) queries.
+        k, v: (B, G, T, P) keys and values; head h of the queries sees those of head ``h // (H / G)``.
+        visible: (B, L, T) bool; at least one True for every query.
+        scale: factor on the products.
+
+    Returns:
+        (B, H, L, P) in the dtype of q; computed in float32 (float64 if q is float64).
+
+    Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 for the shared heads.
+    """
+    batch, heads, length, width = q.shape
+    groups = k.shape[1]
+    grouped = at_least_float32(nn, q).reshape(batch, groups, heads // groups, length, width)
+    k, v = at_least_float32(nn, k)[:, :, None], at_least_float32(nn, v)[:, :, None]  # (B, G, 1, T, P)
+    scores = nn.where(visible[:, None, None], (grouped * scale) @ k.swapaxes(-1, -2), -float("inf"))
+    weights = nn.exp(scores - nn.max(scores, axis=-1)[..., None])  # (B, G, R, L, T)
+    weights = weights / nn.sum(weights, axis=-1)[..., None]
+    return nn.astype((weights @ v).reshape(batch, heads, length, width), q.dtype)
+
+
+def rotate(nn: Backend, x: Array, position: Array, theta: float) -> Array:
+    """Rotary position embedding of x (B, H, L, P) at positions (B, L), in float32 and back in the dtype of x.
+
+    Channel i of the first half turns with channel i of the second by ``position * theta ** (-2 i / P)``.
+
+    Source: Su et al. 2021, in the order of channels of Llama and of every checkpoint read here.
+    """
+    half = x.shape[-1] // 2
+    wide = at_least_float32(nn, x)
+    frequency = np.float32(theta) ** (-np.arange(half, dtype=np.float32) / np.float32(half))
+    angle = nn.astype(position, wide.dtype)[:, None, :, None] * nn.astype(
+        nn.from_numpy(frequency, like=x), wide.dtype
+    )
+    cos, sin = nn.cos(angle), nn.sin(angle)  # (B, 1, L, P / 2)
+    first, second = wide[..., :half], wide[..., half:]
+    turned = nn.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return nn.astype(turned, x.dtype)
+
+
+class AttentionMixer:
+    """Causal attention with heads shared by groups of queries.
+
+    Padding does not exist: no position sees it, and positions are counted without it. In packed rows, a position
+    sees its own sequence alone.
+
+    Args:
+        config: the model's configuration; its ``attention`` has this mixer's sizes.
+        layer_idx: the block's number.
+        init: where initial weights come from; seed 0 when None.
+    """
+
+    nn: ClassVar[Backend]
+
+    def __init__(self, config: MambaConfig, layer_idx: int = 0, *, init: Initializer | None = None) -> None:
+        super().__init__()
+        nn, init = self.nn, init or Initializer()
+        if config.attention is None:
+            raise ValueError("layer_types has 'attention', but attention is None; expected its options")
+        options: AttentionOptions = config.attention
+        self.config, self.options, self.layer_idx = config, options, layer_idx
+        M, width = config.d_model, options.head_dim
+
+        def linear(n_out: int, n_in: int) -> Any:
+            return nn.Linear(init.linear(n_out, n_in), init.full((n_out,), 0.0) if options.use_bias else None)
+
+        self.q_proj = linear(options.n_heads * width, M)
+        self.k_proj = linear(options.n_kv_heads * width, M)
+        self.v_proj = linear(options.n_kv_heads * width, M)
+        bias = init.full((M,), 0.0) if options.use_bias else None
+        self.o_proj = nn.Linear(init.out_proj(config, options.n_heads * width), bias)
+
+    def forward(
+        self,
+        hidden: Array,
+        state: AttentionState | None = None,
+        mask: Array | None = None,
+        boundaries: Array | None = None,
+    ) -> tuple[Array, AttentionState]:
+        """Mix along the sequence; arguments and results as of :meth:`mambax.blocks.MambaMixer.forward`."""
+        nn, options = self.nn, self.options
+        refuse_mask_with_boundaries("attention", mask, boundaries)
+        batch, length, _ = hidden.shape
+        state = self.init_state(batch) if state is None else state
+        self._check_state(state, batch)
+        number = self._numbers(state.number, length, mask, boundaries)  # (B, T)
+        own = number[:, -length:]
+        past = number.shape[1] - length
+        steps = nn.arange(number.shape[1], like=hidden)
+        earlier = steps[None, None, :] <= (past + nn.arange(length, like=hidden))[None, :, None]  # (1, L, T)
+        visible = (number[:, None, :] == own[:, :, None]) & earlier  # padding sees padding, which nobody reads
+        q, k, v = (self._heads(layer(hidden)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        if options.rope_theta is not None:
+            position = nn.sum(nn.astype(visible, nn.int64), axis=-1) - 1  # in its own sequence, (B, L)
+            q = rotate(nn, q, position, options.rope_theta)
+            k = rotate(nn, k, position, options.rope_theta)
+        key = nn.concat([nn.astype(state.key, k.dtype), k], axis=2)  # (B, G, T, P)
+        value = nn.concat([nn.astype(state.value, v.dtype), v], axis=2)
+        scale = options.head_dim**-0.5 if options.scale is None else options.scale
+        y = nn.attention(q, key, value, visible, scale)  # (B, H, L, P)
+        y = y.swapaxes(1, 2).reshape(batch, length, options.n_heads * options.head_dim)
+        return self.o_proj(y), AttentionState(key, value, number)
+
+    def _heads(self, x: Array) -> Array:
+        """(B, L, H P) to (B, H, L, P)."""
+        batch, length, width = x.shape
+        return x.reshape(batch, length, width // self.options.head_dim, self.options.head_dim).swapaxes(1, 2)
+
+    def _numbers(self, before: Array, length: int, mask: Array | None, boundaries: Array | None) -> Array:
+        """The sequence number of every position so far, (B, T)."""
+        nn = self.nn
+        last = nn.maximum(nn.max(before, axis=1), 0) if before.shape[1] else nn.sum(before, axis=1)  # (B,)
+        steps = nn.zeros((before.shape[0], length), nn.int64, like=before)
+        if boundaries is not None:
+            steps = nn.cumulative_sum(nn.astype(boundaries, nn.int64), axis=1)
+        new = steps + last[:, None]
+        if mask is not None:
+            new = nn.where(nn.astype(mask, nn.bool_), new, -1)
+        return nn.concat([before, new], axis=1)
+
+    def _check_state(self, state: AttentionState, batch: int) -> None:
+        options = self.options
+        found = tuple(state.key.shape)
+        needed = (batch, options.n_kv_heads, state.number.shape[1], options.head_dim)
+        if found != needed or tuple(state.value.shape) != needed or state.number.shape[0] != batch:
+            raise ValueError(
+                f"state: key_state of layer {self.layer_idx} is {found}, but this model and input need {needed}; "
+                "use the state of the same model and rows"
+            )
+
+    def init_state(self, batch: int) -> AttentionState:
+        """The state before the first position: no position at all."""
+        nn, options, weight = self.nn, self.options, self.k_proj.weight
+        floats = [nn.dtype(name) for name in ("float16", "bfloat16")] + [nn.float32, nn.float64]
+        dtype = weight.dtype if weight.dtype in floats else nn.float32  # a quantised weight is of whole numbers
+        empty = nn.zeros((batch, options.n_kv_heads, 0, options.head_dim), dtype, like=weight)
+        return AttentionState(empty, empty, nn.zeros((batch, 0), nn.int64, like=weight))
