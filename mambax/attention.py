@@ -43,22 +43,23 @@ def attention(nn: Ops, q: Array, k: Array, v: Array, visible: Array, scale: floa
     return nn.astype((weights @ v).reshape(batch, heads, length, width), q.dtype)
 
 
-def rotate(nn: Backend, x: Array, position: Array, theta: float) -> Array:
+def rotate(nn: Backend, x: Array, position: Array, theta: float, width: int) -> Array:
     """Rotary position embedding of x (B, H, L, P) at positions (B, L), in float32 and back in the dtype of x.
 
-    Channel i of the first half turns with channel i of the second by ``position * theta ** (-2 i / P)``.
+    Of the first ``width`` channels, channel i of the first half turns with channel i of the second by
+    ``position * theta ** (-2 i / width)``; the others stay as they are.
 
     Source: Su et al. 2021, in the order of channels of Llama and of every checkpoint read here.
     """
-    half = x.shape[-1] // 2
+    half = width // 2
     wide = at_least_float32(nn, x)
     frequency = np.float32(theta) ** (-np.arange(half, dtype=np.float32) / np.float32(half))
     angle = nn.astype(position, wide.dtype)[:, None, :, None] * nn.astype(
         nn.from_numpy(frequency, like=x), wide.dtype
     )
     cos, sin = nn.cos(angle), nn.sin(angle)  # (B, 1, L, P / 2)
-    first, second = wide[..., :half], wide[..., half:]
-    turned = nn.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second, rest = wide[..., :half], wide[..., half:width], wide[..., width:]
+    turned = nn.concat([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return nn.astype(turned, x.dtype)
 
 
@@ -116,8 +117,8 @@ class AttentionMixer:
         q, k, v = (self._heads(layer(hidden)) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if options.rope_theta is not None:
             position = nn.sum(nn.astype(visible, nn.int64), axis=-1) - 1  # in its own sequence, (B, L)
-            q = rotate(nn, q, position, options.rope_theta)
-            k = rotate(nn, k, position, options.rope_theta)
+            turn = position, options.rope_theta, int(options.rope_dim or 0)
+            q, k = rotate(nn, q, *turn), rotate(nn, k, *turn)
         key = nn.concat([nn.astype(state.key, k.dtype), k], axis=2)  # (B, G, T, P)
         value = nn.concat([nn.astype(state.value, v.dtype), v], axis=2)
         scale = options.head_dim**-0.5 if options.scale is None else options.scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -231,6 +230,8 @@ def _files(path: str | Path) -> tuple[Path, Path]:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
+        import hashlib  # with OpenSSL, megabytes that are seldom needed
+
         digest = hashlib.sha256()
         while block := file.read(2**20):
             digest.update(block)

@@ -101,4 +101,5 @@ class Decoder:
 
     def _evaluate(self, wait: bool) -> None:
         pending = [a for a in (self.tokens, self._seen) if a is not None]
-        self.nn.evaluate(*pending, *self.state.arrays().values(), wait=wait)
+        of_layers = (array for layer in self.state.layers for array in layer)
+        self.nn.evaluate(*pending, self.state.tokens_seen, *of_layers, wait=wait)

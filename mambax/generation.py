@@ -160,7 +160,7 @@ class GenerationMixin:
             _check_state(state, self.init_state(len(prompts)))
         ends = self._eos_ids(eos)
         rows = [_token_ids(p, self.tokenizer, self.config.vocab_size, i) for i, p in enumerate(prompts)]
-        decoder = Decoder(self, rows, params, UniformSource(seed, len(rows)), state)
+        decoder = Decoder(self, rows, params, UniformSource(seed, len(rows), used=params.temperature > 0), state)
         collectors = [_Collector(self.tokenizer, stops, ends, int(max_new_tokens)) for _ in prompts]
         return _run(decoder, collectors, int(max_new_tokens), int(prefill_chunk), progress)
 

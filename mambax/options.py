@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -50,7 +49,8 @@ class Mamba2Options:
         if self.n_heads % self.n_groups:
             fail(self, "n_groups", self.n_groups, f"a divisor of n_heads ({self.n_heads})")
         check_int(self, "d_conv", 1, 64)
-        limit: Sequence[Any] = self.dt_limit if isinstance(self.dt_limit, (tuple, list)) else ()
+        given: Any = self.dt_limit
+        limit = list(given) if isinstance(given, (tuple, list)) else []
         numbers = all(isinstance(x, Real) and not isinstance(x, bool) for x in limit)
         if len(limit) != 2 or not numbers or not 0 <= limit[0] < limit[1]:
             fail(self, "dt_limit", self.dt_limit, "two numbers from 0, the smaller first")
@@ -78,7 +78,8 @@ class AttentionOptions:
         head_dim: channels of a head.
         n_kv_heads: heads of the keys and values, each shared by ``n_heads / n_kv_heads`` heads of queries.
         use_bias: biases in ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
-        rope_theta: base of rotary position embeddings over the whole head; None for no positions at all.
+        rope_theta: base of rotary position embeddings; None for no positions at all.
+        rope_dim: channels of a head that turn, the first ones; all when None.
         scale: factor on the products of queries and keys; ``head_dim ** -0.5`` when None.
 
     Raises:
@@ -92,6 +93,7 @@ class AttentionOptions:
     n_kv_heads: int
     use_bias: bool = False
     rope_theta: float | None = None
+    rope_dim: int | None = None
     scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -103,8 +105,11 @@ class AttentionOptions:
         check_bool(self, "use_bias")
         if self.rope_theta is not None:
             check_float(self, "rope_theta", 1, 1e12)
-            if self.head_dim % 2:
-                fail(self, "head_dim", self.head_dim, "an even number where there is a rope_theta")
+        if self.rope_dim is None:
+            object.__setattr__(self, "rope_dim", self.head_dim if self.rope_theta is not None else 0)
+        check_int(self, "rope_dim", 0, self.head_dim)
+        if int(self.rope_dim or 0) % 2:
+            fail(self, "rope_dim", self.rope_dim, "an even number")
         if self.scale is not None:
             check_float(self, "scale", 0, 1e6)
 

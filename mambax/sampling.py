@@ -68,17 +68,21 @@ class UniformSource:
     Args:
         seed: a whole number from 0, or None for a fresh one each time.
         batch: number of rows.
+        used: whether anybody looks at them, which at temperature 0 nobody does; else they are 0.
 
     Raises:
         ValueError: for another seed.
     """
 
-    def __init__(self, seed: int | None, batch: int) -> None:
+    def __init__(self, seed: int | None, batch: int, *, used: bool = True) -> None:
         check_seed(seed)
-        self._rows = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(batch)]
+        self._unused = None if used else np.zeros((batch, 1), np.float32)
+        self._rows = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(batch)] if used else []
 
     def draw(self) -> np.ndarray:
         """(B, 1) float32 in [0, 1)."""
+        if self._unused is not None:
+            return self._unused
         return np.array([[row.random(dtype=np.float32)] for row in self._rows], np.float32)
 
 

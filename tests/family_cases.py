@@ -48,9 +48,24 @@ def jamba(**changes: Any) -> Any:
     return transformers.JambaForCausalLM(transformers.JambaConfig(**(fields | changes)))
 
 
+def bamba(**changes: Any) -> Any:
+    import transformers
+
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 52, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_indices": [1, 3], "mamba_n_heads": 8,
+        "mamba_d_state": 7, "mamba_n_groups": 2, "mamba_chunk_size": 16, "eos_token_id": None,
+    }  # fmt: skip
+    return transformers.BambaForCausalLM(transformers.BambaConfig(**(fields | changes)))
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "falcon_mamba": falcon_mamba,
     "falcon_mamba-biases-tied": lambda: falcon_mamba(use_bias=True, tie_word_embeddings=True, conv_kernel=3),
+    "bamba": bamba,
+    "bamba-biases-tied": lambda: bamba(
+        attention_bias=True, mlp_bias=True, mamba_proj_bias=True, tie_word_embeddings=True, num_key_value_heads=4
+    ),
     "jamba": jamba,
     "jamba-dense": lambda: jamba(num_experts=1, num_experts_per_tok=1, mamba_proj_bias=True, rms_norm_eps=1e-4),
     "mamba2": mamba2,

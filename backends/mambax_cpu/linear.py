@@ -150,8 +150,8 @@ def linear(
     if kind == "float32" and math.prod(x.shape[:-1]) > FEW_ROWS:
         refuse_float64("linear", x)
         rows = x.astype(np.float32, copy=False).reshape(-1, x.shape[-1])
-        y = products.fastest(rows, weight, threads=threads).reshape(*x.shape[:-1], weight.shape[0])
-        return y if bias is None else y + bias.astype(np.float32, copy=False)
+        check_shape("linear", "bias", bias, (weight.shape[0],))
+        return products.fastest(rows, weight, bias, threads=threads).reshape(*x.shape[:-1], weight.shape[0])
     return apply(Weights(kind, weight.shape[0], weight.shape[1], address_of(weight)), x, bias, threads=threads)
 
 

@@ -11,12 +11,10 @@ and its folder belong to this user and nobody else may write to them.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
 import re
-import secrets
 import stat
 import sys
 import time
@@ -28,10 +26,17 @@ from pathlib import Path
 
 from mambax_cpu.native_code import processor
 
+try:
+    from _blake2 import blake2b  # hashlib's; but hashlib brings OpenSSL along, megabytes at every start
+except ImportError:
+    from hashlib import blake2b
+
 DAYS = 60
 """After so many days without use a file is deleted."""
 
 _MAGIC = b"mambax kernel 1\n"
+_SIZE = 32  # of a digest, in bytes
+_HEAD = len(_MAGIC) + _SIZE
 _SUFFIX = ".kernel"
 _DAY = 24 * 60 * 60.0
 _IMPORT = re.compile(
@@ -75,14 +80,14 @@ def read(key: str) -> bytes | None:
                 os.utime(path)
     except OSError:  # most often: it is not there
         return None
-    head, code = contents[: len(_MAGIC) + 32], contents[len(_MAGIC) + 32 :]
+    head, code = contents[:_HEAD], contents[_HEAD:]
     return code if head == _MAGIC + _digest(key, code) else None
 
 
 def write(key: str, code: bytes) -> None:
     """Keep object code. Where that cannot be, a warning says why, and this process goes on with what it has."""
     place = folder()
-    path, temporary = place / (key + _SUFFIX), place / f".{secrets.token_hex(8)}.tmp"
+    path, temporary = place / (key + _SUFFIX), place / f".{os.urandom(8).hex()}.tmp"
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if problem := _problem(place):
@@ -105,7 +110,7 @@ def _warn(problem: str) -> None:
 
 
 def _digest(key: str, code: bytes) -> bytes:
-    return hashlib.sha256(key.encode() + code).digest()
+    return blake2b(key.encode() + code, digest_size=_SIZE).digest()
 
 
 def _problem(place: Path) -> str:
@@ -145,7 +150,7 @@ def key(module: str, name: str, kinds: str) -> str:
         module, name: where it is.
         kinds: of its arguments, as in :mod:`mambax_cpu.compilation`.
     """
-    digest = hashlib.sha256()
+    digest = blake2b(digest_size=_SIZE)
     for part in (*_environment(), module, name, kinds, *sources(module)):
         digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import numpy as np
 from mambax_cpu import phase_table as field
 from mambax_cpu.compilation import part, spliced
 from mambax_cpu.linear_tiles import dot_rows, moved
+from mambax_cpu.norm_kernels import normalise_row
 from mambax_cpu.precision import like, read, read_or_zero, sums_of_rows, write
 from mambax_cpu.simd import (
     LOG2_E,
@@ -27,24 +28,16 @@ from mambax_cpu.simd import (
     softplus,
     splat,
     store,
-    total,
 )
 
 
 @part
 def normalise(narrow, views, epsilon):  # pragma: no cover
     """X = HIDDEN / rms(HIDDEN) * NORM."""
-    inputs = views[field.INPUTS]
+    inputs, weight = views[field.INPUTS], like(narrow, views[field.NORM])
     for r in range(views[field.ROWS]):
         hidden, out = pointer(views[field.HIDDEN] + 4 * r * inputs), pointer(views[field.X] + 4 * r * inputs)
-        squares = splat(0.0)
-        for i in range(0, inputs, WIDTH):
-            value = read(hidden, i, inputs - i)
-            squares = multiply_add(value, value, squares)
-        scale = splat(np.float32(1) / np.sqrt(total(squares) / np.float32(inputs) + epsilon))
-        for i in range(0, inputs, WIDTH):
-            weight = read(like(narrow, views[field.NORM]), i, inputs - i)
-            write(out, i, read(hidden, i, inputs - i) * scale * weight, inputs - i)
+        normalise_row(hidden, weight, out, inputs, epsilon)
 
 
 @spliced

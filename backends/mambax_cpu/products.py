@@ -139,8 +139,17 @@ def is_fast() -> bool:
 
 
 def fastest(
-    a: np.ndarray, b: np.ndarray, *, out: np.ndarray | None = None, threads: int | None = None
+    a: np.ndarray,
+    b: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    out: np.ndarray | None = None,
+    threads: int | None = None,
 ) -> np.ndarray:
-    """a b^T of float32 arrays by :func:`product` or by NumPy, whichever is faster on this machine."""
-    large = a.size * b.shape[0] >= _LARGE
-    return product(a, b, out=out, threads=threads) if large and is_fast() else np.matmul(a, b.T, out=out)
+    """a b^T + bias of float32 arrays by :func:`product` or by NumPy, whichever is faster on this machine."""
+    if a.size * b.shape[0] >= _LARGE and is_fast():
+        return product(a, b, bias, out=out, threads=threads)
+    out = np.matmul(a, b.T, out=out)
+    if bias is not None:
+        out += bias
+    return out

@@ -69,3 +69,8 @@ EDGE = 8 * STRIP
 def product_scratch(group: int, inner: int) -> int:
     """For strips in groups of that many, and K."""
     return WIDTH + EDGE + group * STRIP * (1 + min(BLOCK, inner))
+
+# --- RMSNorm -------------------------------------------------------------------------------------------------
+
+NORM_ROWS = 64
+"""Rows of a task of the backward kernel, which adds up their shares in the gradient of the weight."""

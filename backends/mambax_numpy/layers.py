@@ -14,11 +14,18 @@ from mambax_numpy import ops
 from mambax_numpy.fused import causal_conv1d
 from mambax_numpy.module import Module, Parameter
 
+_LARGE_NORM = 1 << 14
+"""Values from which on the kernel of RMSNorm is faster than NumPy's operations one by one."""
+
 _SMALL = 1 << 15
 """Weights below which a float32 product is too short for a choice of implementation to matter."""
 
 
 def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    if bias is not None and x.dtype == weight.dtype == bias.dtype == np.float32 and x.size > x.shape[-1]:
+        from mambax_cpu import linear
+
+        return linear.linear(x, weight, bias)
     y = ops.astype(_product(x, weight), weight.dtype)
     if bias is None:
         return y
@@ -91,6 +98,14 @@ class RMSNorm(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """(..., D) to (..., D)."""
+        if x.size >= _LARGE_NORM and np.float64 not in (x.dtype, self.weight.dtype):
+            from mambax_cpu import norms
+
+            return ops.astype(norms.rms_norm(x, self.weight, self.eps), self.weight.dtype)
+        if np.float64 not in (x.dtype, self.weight.dtype):
+            from mambax_cpu import norm
+
+            return norm.rms_norm(x, self.weight, self.eps)
         x = at_least_float32(ops, x)
         scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return ops.astype(x * scale * at_least_float32(ops, self.weight), self.weight.dtype)

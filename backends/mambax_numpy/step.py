@@ -9,8 +9,13 @@ Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
+import ml_dtypes
 import numpy as np
 
 from mambax.blocks import LayerState
@@ -20,16 +25,17 @@ from mambax_numpy.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from mambax_cpu.chain import Weights
-    from mambax_cpu.step import BlockWeights, Stack
+    from mambax_cpu.step import BlockWeights, Sizes, Stack, States
 
 _FLOAT32 = np.dtype(np.float32)
-_NARROW = ("float32", "bfloat16", "float16")
+_NARROW = (_FLOAT32, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 _OWN = ("mambax.blocks", "mambax_numpy.layers", "mambax_numpy.quantized")
 """Where the definitions are that the kernels compute; a patched class has its ``forward`` from elsewhere."""
 
 
-class _Examined(NamedTuple):
+@dataclass
+class _Examined:
     """What a stack was found to be.
 
     Attributes:
@@ -39,6 +45,7 @@ class _Examined(NamedTuple):
         narrow: dtype of the small weights and the convolution's state.
         wide: whether the residual stream is float32 whatever it is given as.
         arrays: what the addresses in the stack lead to.
+        latest: the states that a step gave last, which are not kept alive, and where they lie.
     """
 
     stamp: object
@@ -47,6 +54,7 @@ class _Examined(NamedTuple):
     narrow: np.dtype
     wide: bool
     arrays: list[np.ndarray]
+    latest: tuple[list[ReferenceType[np.ndarray]], States | None] = ([], None)
 
 
 def decode_step(
@@ -54,7 +62,7 @@ def decode_step(
 ) -> tuple[np.ndarray, tuple[LayerState, ...]] | None:
     """See :meth:`mambax.backend.Backend.decode_step`."""
     batch, length, _ = hidden.shape
-    if length != 1 or not len(layers) or hidden.dtype.name not in _NARROW:
+    if length != 1 or not len(layers) or hidden.dtype not in _NARROW:
         return None
     from mambax_cpu import linear, step, threads
 
@@ -64,28 +72,38 @@ def decode_step(
     stack = examined.stack
     if stack is None:
         return None
-    sizes = stack.sizes
-    convs = _addresses([state.conv for state in states], (batch, sizes.width - 1, sizes.channels), examined.narrow)
-    ssms = _addresses([state.ssm for state in states], (batch, sizes.channels, sizes.states), _FLOAT32)
-    if convs is None or ssms is None:
+    before = _found(states, examined, batch, stack.sizes)
+    if before is None:
         return None
-    conv = np.empty((len(layers), batch, sizes.width - 1, sizes.channels), examined.narrow)
-    ssm = np.empty((len(layers), batch, sizes.channels, sizes.states), np.float32)
-    out = stack.advance(
-        hidden[:, 0],
-        step.States(convs, ssms),
-        step.States(_places(conv), _places(ssm)),
-        threads.default_threads(),
-    )
-    dtype = _FLOAT32 if examined.wide else hidden.dtype
-    return out.astype(dtype, copy=False)[:, None], tuple(map(LayerState, conv, ssm))
+    _, D, N, K, _ = stack.sizes
+    conv = np.empty((len(layers), batch, K - 1, D), examined.narrow)
+    ssm = np.empty((len(layers), batch, D, N), np.float32)
+    places = step.States(_places(conv), _places(ssm))
+    out = stack.advance(hidden[:, 0], before, places, threads.default_threads())
+    after = tuple(map(LayerState, conv, ssm))
+    examined.latest = list(map(ref, chain.from_iterable(after))), places
+    return out.astype(_FLOAT32 if examined.wide else hidden.dtype, copy=False)[:, None], after
+
+
+def _found(states: Sequence[LayerState], examined: _Examined, batch: int, sizes: Sizes) -> States | None:
+    """Where states lie; None when one of them is not as the kernels take it."""
+    from mambax_cpu.step import States
+
+    arrays = list(chain.from_iterable(states))
+    references, places = examined.latest
+    if len(arrays) == len(references) and all(map(is_, arrays, [reference() for reference in references])):
+        return places
+    _, D, N, K, _ = sizes
+    convs = _addresses(arrays[0::2], (batch, K - 1, D), examined.narrow)
+    ssms = _addresses(arrays[1::2], (batch, D, N), _FLOAT32)
+    return None if convs is None or ssms is None else States(convs, ssms)
 
 
 def _addresses(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> list[int] | None:
     """Where contiguous arrays of a shape and dtype lie; None when one of them is none."""
     found = []
     for array in arrays:
-        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous & array.flags.aligned:
             return None
         found.append(array.__array_interface__["data"][0])
     return found

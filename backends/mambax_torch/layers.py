@@ -19,6 +19,9 @@ FEW_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32}
 _SMALL = 1 << 15
 """Weights below which the product is too short for that to matter."""
 
+_LARGE_NORM = 1 << 14
+"""Values from which on the kernel of RMSNorm is faster than PyTorch's operations one by one."""
+
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias. In host memory: by the kernels of mambax_cpu for few rows where no gradient is wanted, for
@@ -39,9 +42,14 @@ def _in_host_memory(x: Tensor, weight: Tensor) -> bool:
     """Whether there is a choice: plain tensors of one float dtype up to float32 on the CPU."""
     if x.device.type != "cpu" or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
         return False
-    if weight.dtype not in FEW_ROWS or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu"):
         return False
-    return type(weight) in (Tensor, torch.nn.Parameter) and not why_not_cpu_kernels(x)
+    return _plain(weight) and not why_not_cpu_kernels(x)
+
+
+def _plain(weight: Tensor) -> bool:
+    """Whether this is a tensor with memory of its own, of a dtype of the kernels."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in FEW_ROWS
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -108,6 +116,10 @@ class RMSNorm(Module):
             from mambax_torch.kernels import norm
 
             return norm.rms_norm(x, self.weight, self.eps)[0]
+        if x.numel() >= _LARGE_NORM and _plain(self.weight) and not why_not_cpu_kernels(x):
+            from mambax_torch import norm_ops
+
+            return norm_ops.rms_norm(x, self.weight, self.eps)
         x = at_least_float32(ops, x)
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return (x * scale * at_least_float32(ops, self.weight)).to(self.weight.dtype)

@@ -9,9 +9,10 @@ Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -32,7 +33,8 @@ _OWN = ("mambax.blocks", "mambax_torch.layers", "mambax_torch.quantized")
 """Where the definitions are that the kernels compute; a patched class has its ``forward`` from elsewhere."""
 
 
-class _Examined(NamedTuple):
+@dataclass
+class _Examined:
     """What a stack was found to be, and all that this rests on.
 
     Attributes:
@@ -46,6 +48,7 @@ class _Examined(NamedTuple):
         hooks: dictionaries of what is to run before and after ``forward``.
         tensors: dictionaries of parameters and buffers, and what was in them.
         addresses: of those that are not None.
+        latest: the states that a step gave last, which are not kept alive, and where they lie.
     """
 
     stack: Stack | None
@@ -58,6 +61,7 @@ class _Examined(NamedTuple):
     hooks: list[dict[int, Any]]
     tensors: tuple[list[dict[str, Any]], list[Any]]
     addresses: list[int]
+    latest: tuple[list[ReferenceType[Tensor]], list[int]] = ([], [])
 
     def tensors_if_same(self, layers: Sequence[Any]) -> list[Tensor] | None:
         """The parameters and buffers of the stack; None where something about it is not as it was."""
@@ -108,23 +112,22 @@ def decode_step(
     stack = examined.stack
     if stack is None or any(examined.hooks) or not may_call_directly([hidden, *tensors]):
         return None
-    sizes = stack.sizes
-    conv_shape, ssm_shape = (batch, sizes.width - 1, sizes.channels), (batch, sizes.channels, sizes.states)
-    convs = _addresses([state.conv for state in states], conv_shape, examined.narrow)
-    ssms = _addresses([state.ssm for state in states], ssm_shape, torch.float32)
-    if convs is None or ssms is None:
+    before = _addresses(states, examined, batch, stack.sizes)
+    if before is None:
         return None
-    conv = torch.empty((len(layers), *conv_shape), dtype=examined.narrow)
-    ssm = torch.empty((len(layers), *ssm_shape))
+    _, D, N, K, _ = stack.sizes
+    conv = torch.empty((len(layers), batch, K - 1, D), dtype=examined.narrow)
+    ssm = torch.empty((len(layers), batch, D, N))
     out = stack.advance(
         hidden.detach()[:, 0].float().numpy(),
-        step.States(convs, ssms),
+        step.States(before[0::2], before[1::2]),
         step.States(_places(conv), _places(ssm)),
         torch.get_num_threads(),
     )
-    dtype = torch.float32 if examined.wide else hidden.dtype
     after = tuple(map(LayerState, conv.unbind(), ssm.unbind()))
-    return torch.from_numpy(out).to(dtype)[:, None], after
+    tensors = list(chain.from_iterable(after))
+    examined.latest = list(map(ref, tensors)), list(map(Tensor.data_ptr, tensors))
+    return torch.from_numpy(out).to(torch.float32 if examined.wide else hidden.dtype)[:, None], after
 
 
 def _watched(hidden: Tensor) -> bool:
@@ -136,15 +139,23 @@ def _watched(hidden: Tensor) -> bool:
     return bool(why_not_cpu_kernels(hidden))
 
 
-def _addresses(tensors: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> list[int] | None:
-    """Where contiguous tensors of a shape and dtype lie; None when one of them is none, or wants a gradient."""
-    gradients = torch.is_grad_enabled()
-    for tensor in tensors:
-        if type(tensor) is not Tensor or tensor.dtype != dtype or tensor.shape != shape or tensor.is_cuda:
-            return None
-        if not tensor.is_contiguous() or (gradients and tensor.requires_grad) or tensor.device.type != "cpu":
-            return None
-    return list(map(Tensor.data_ptr, tensors))
+def _addresses(states: Sequence[LayerState], examined: _Examined, batch: int, sizes: Sizes) -> list[int] | None:
+    """Where states lie, (conv, ssm) after (conv, ssm); None when one is not as the kernels take it."""
+    tensors = list(chain.from_iterable(states))
+    addresses = list(map(Tensor.data_ptr, tensors))
+    references, latest = examined.latest
+    known = addresses == latest and all(map(is_, tensors, [reference() for reference in references]))
+    if not known:
+        _, D, N, K, _ = sizes
+        forms = (((batch, K - 1, D), examined.narrow), ((batch, D, N), torch.float32))
+        for i, tensor in enumerate(tensors):
+            if type(tensor) is not Tensor or (tensor.shape, tensor.dtype) != forms[i % 2]:
+                return None
+            if not tensor.is_contiguous() or tensor.device.type != "cpu":
+                return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    return addresses
 
 
 def _places(tensor: Tensor) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import sys
@@ -274,6 +273,8 @@ def _check_tied(table: Found, head: Found) -> None:
 
     Digests are compared, so that the two largest tensors of a model are not in memory together.
     """
+    import hashlib  # with OpenSSL, megabytes that are seldom needed
+
     digests = {hashlib.blake2b(item.read().reshape(-1).view(np.uint8).data).digest() for item in (table, head)}
     if len(digests) > 1 or table.info != head.info:
         raise ValueError(

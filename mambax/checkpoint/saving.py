@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +71,7 @@ def save_pretrained(
         return values
 
     target.mkdir(parents=True, exist_ok=True)
-    staging = target / f".saving-{secrets.token_hex(4)}"
+    staging = target / f".saving-{os.urandom(4).hex()}"
     staging.mkdir()
     try:
         shards = _shards(infos, max_shard_size)

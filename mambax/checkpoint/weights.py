@@ -9,12 +9,19 @@ from mambax.checkpoint.json_files import read_object
 from mambax.checkpoint.safetensors_files import SafetensorsFile
 from mambax.checkpoint.sources import Source, check_shard_name
 from mambax.checkpoint.tensors import TensorFile
-from mambax.checkpoint.torch_files import TorchFile
 
 SAFETENSORS = "model.safetensors"
+
+
+def _torch_file(path: Path) -> TensorFile:
+    from mambax.checkpoint.torch_files import TorchFile  # with what reads archives and pickles
+
+    return TorchFile(path)
+
+
 KINDS: tuple[tuple[str, Callable[[Path], TensorFile]], ...] = (
     (SAFETENSORS, SafetensorsFile),
-    ("pytorch_model.bin", TorchFile),
+    ("pytorch_model.bin", _torch_file),
     ("consolidated.safetensors", SafetensorsFile),  # Mistral's
 )
 """Names of weight files, in the order in which they are looked for."""

@@ -7,16 +7,21 @@ Source: ``JambaForCausalLM`` of transformers; Lieber et al. 2024.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from mambax.config import MambaLMConfig
 from mambax.families.family import CAUSAL_LM, Family, Fields
+from mambax.families.pairs import LayerPairs, head_dim, whole_numbers
 from mambax.families.translation import refuse, require, spelled_fields
 from mambax.options import AttentionOptions, MLPOptions
 
 MODEL_TYPE = "jamba"
+NAMES = LayerPairs(
+    {"mamba": "mamba", "attention": "self_attn", "mlp": "feed_forward", "moe": "feed_forward"},
+    ("input_layernorm", "pre_ff_layernorm"),
+    "final_layernorm",
+)
 
 SPELLINGS: dict[str, tuple[str, ...]] = {
     "d_model": ("hidden_size",),
@@ -38,23 +43,14 @@ _PLACES = {
 }  # fmt: skip
 """Whole numbers in the file, with the defaults of transformers."""
 
-_INSIDE = {"mamba": "mamba", "attention": "self_attn", "mlp": "feed_forward", "moe": "feed_forward"}
-"""Kind of mixer -> its name in a layer."""
-
 
 def _read(raw: Mapping[str, Any], where: str) -> Fields:
     refuse(raw, {"hidden_act": ("silu", "swish"), "sliding_window": (None,), "rope_scaling": (None,)}, where)
     fields = spelled_fields(raw, SPELLINGS, where)
     require(fields, SPELLINGS, ("d_model", "vocab_size"), where)
-    place = {name: raw.get(name, default) for name, default in _PLACES.items()}
-    place["num_key_value_heads"] = place["num_key_value_heads"] or place["num_attention_heads"]
-    for name, value in place.items():
-        low = 0 if name.endswith("offset") else 1
-        if type(value) is not int or not low <= value <= 2**20:
-            raise ValueError(f"{where}: {name} is {value!r}; expected a whole number from {low} to {2**20}")
+    place = whole_numbers(raw, _PLACES, where)
     heads, d_model = place["num_attention_heads"], fields.values["d_model"]
-    if type(d_model) is not int or d_model % heads:
-        raise ValueError(f"{where}: hidden_size is {d_model!r}; expected a multiple of num_attention_heads {heads}")
+    width = head_dim(d_model, heads, where)
     kinds: list[str] = []
     for i in range(place["num_hidden_layers"]):
         kinds.append("attention" if i % place["attn_layer_period"] == place["attn_layer_offset"] else "mamba")
@@ -70,9 +66,7 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
         "dt_b_c_norm_epsilon": values["norm_epsilon"],
         "residual_in_fp32": False,
         "rescale_prenorm_residual": False,
-        "attention": AttentionOptions(
-            n_heads=heads, head_dim=d_model // heads, n_kv_heads=place["num_key_value_heads"]
-        ),
+        "attention": AttentionOptions(n_heads=heads, head_dim=width, n_kv_heads=place["num_key_value_heads"]),
         "mlp": MLPOptions(
             d_intermediate=place["intermediate_size"],
             n_experts=place["num_experts"],
@@ -110,31 +104,6 @@ def _period(name: str, there: list[bool]) -> dict[str, int]:
     return {f"{name}_period": period, f"{name}_offset": places[0]}
 
 
-def _to_parameter(name: str, config: MambaLMConfig) -> str:
-    if named := re.fullmatch(r"model\.layers\.(\d{1,6})\.(.+)", name):
-        layer, rest = int(named[1]), named[2]
-        first, _, inside = rest.partition(".")
-        second = first in ("feed_forward", "pre_ff_layernorm")
-        part = "norm" if first.endswith("layernorm") else "mixer"
-        return f"backbone.layers.{2 * layer + second}.{part}.{inside}"
-    renamed = {"model.embed_tokens.weight": "backbone.embeddings.weight",
-               "model.final_layernorm.weight": "backbone.norm_f.weight"}  # fmt: skip
-    return renamed.get(name, name)
-
-
-def _to_checkpoint(parameter: str, config: MambaLMConfig) -> str:
-    if named := re.fullmatch(r"backbone\.layers\.(\d+)\.(norm|mixer)\.(.+)", parameter):
-        block, part, inside = int(named[1]), named[2], named[3]
-        if part == "mixer":
-            first = _INSIDE[config.layer_kinds[block]]
-        else:
-            first = "pre_ff_layernorm" if block % 2 else "input_layernorm"
-        return f"model.layers.{block // 2}.{first}.{inside}"
-    renamed = {"backbone.embeddings.weight": "model.embed_tokens.weight",
-               "backbone.norm_f.weight": "model.final_layernorm.weight"}  # fmt: skip
-    return renamed.get(parameter, parameter)
-
-
 JAMBA = Family(
     name=MODEL_TYPE,
     title="Jamba",
@@ -142,6 +111,6 @@ JAMBA = Family(
     matches=lambda raw: raw.get("model_type") == MODEL_TYPE,
     read=_read,
     write=_write,
-    to_parameter=_to_parameter,
-    to_checkpoint=_to_checkpoint,
+    to_parameter=NAMES.to_parameter,
+    to_checkpoint=NAMES.to_checkpoint,
 )

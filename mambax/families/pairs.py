@@ -1,0 +1,103 @@
+"""What hybrids with a Llama-like layout share: a layer of theirs is two blocks here, a mixer and an MLP.
+
+Names of tensors are ``model.layers.<i>.<mixer>...`` and ``model.layers.<i>.<norm>...``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mambax.config import MambaLMConfig
+
+_INSIDE = re.compile(r"backbone\.layers\.(\d+)\.(norm|mixer)\.(.+)")
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.([a-z_]+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class LayerPairs:
+    """The names of such a family.
+
+    Args:
+        mixers: kind of mixer -> its name in a layer.
+        norms: names of the norms before the mixer and before the MLP.
+        final_norm: name of the last norm of the model.
+    """
+
+    mixers: Mapping[str, str]
+    norms: tuple[str, str]
+    final_norm: str
+
+    def to_parameter(self, name: str, config: MambaLMConfig) -> str:
+        """The path inside mambax of a tensor that a checkpoint calls ``name``."""
+        named = _LAYER.fullmatch(name)
+        if named is None:
+            return {theirs: ours for ours, theirs in self._outside().items()}.get(name, name)
+        layer, first, inside = int(named[1]), named[2], named[3]
+        if first in self.norms:
+            return f"backbone.layers.{2 * layer + self.norms.index(first)}.norm.{inside}"
+        kinds = config.layer_kinds[2 * layer : 2 * layer + 2]
+        blocks = [i for i, kind in enumerate(kinds) if self.mixers[kind] == first]
+        return f"backbone.layers.{2 * layer + blocks[0]}.mixer.{inside}" if blocks else name
+
+    def to_checkpoint(self, parameter: str, config: MambaLMConfig) -> str:
+        """The name in a checkpoint of the parameter at this path."""
+        named = _INSIDE.fullmatch(parameter)
+        if named is None:
+            return self._outside().get(parameter, parameter)
+        block, part, inside = int(named[1]), named[2], named[3]
+        first = self.mixers[config.layer_kinds[block]] if part == "mixer" else self.norms[block % 2]
+        return f"model.layers.{block // 2}.{first}.{inside}"
+
+    def _outside(self) -> dict[str, str]:
+        return {
+            "backbone.embeddings.weight": "model.embed_tokens.weight",
+            "backbone.norm_f.weight": f"model.{self.final_norm}.weight",
+        }
+
+
+def whole_numbers(raw: Mapping[str, Any], defaults: Mapping[str, int], where: str) -> dict[str, int]:
+    """Whole numbers of a file, with what transformers takes where the file says nothing.
+
+    Raises:
+        ValueError: for one that is none, or out of range.
+    """
+    found = {name: default if raw.get(name) is None else raw[name] for name, default in defaults.items()}
+    for name, value in found.items():
+        low = 0 if name.endswith(("_offset", "_experts")) else 1
+        if type(value) is not int or not low <= value <= 2**24:
+            raise ValueError(f"{where}: {name} is {value!r}; expected a whole number from {low} to {2**24}")
+    return found
+
+
+def head_dim(d_model: Any, heads: int, where: str) -> int:
+    """Channels of an attention head where the file does not name them.
+
+    Raises:
+        ValueError: when the heads do not divide the model's width.
+    """
+    if type(d_model) is not int or d_model < 1 or d_model % heads:
+        raise ValueError(f"{where}: hidden_size is {d_model!r}; expected a multiple of num_attention_heads {heads}")
+    return d_model // heads
+
+
+def rope_theta(raw: Mapping[str, Any], where: str) -> float:
+    """The base of the rotary embedding, as old and new files spell it.
+
+    Raises:
+        ValueError: for a scaling of positions, which is not supported.
+    """
+    parameters = raw.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{where}: rope_parameters is {str(parameters)[:80]}; expected an object")
+    kind = parameters.get("rope_type", "default")
+    scaling = raw.get("rope_scaling")
+    if kind != "default" or scaling:
+        found = f"rope_type {kind!r}" if kind != "default" else f"rope_scaling {str(scaling)[:80]}"
+        raise ValueError(f"{where}: {found} is not supported; only the default rotary embedding is")
+    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta >= 1:
+        raise ValueError(f"{where}: rope_theta is {theta!r}; expected a number from 1")
+    return float(theta)
