@@ -162,6 +162,7 @@ class Block:
         super().__init__()
         init = init or Initializer()
         self.residual_in_fp32 = config.residual_in_fp32
+        self.residual_multiplier = config.residual_multiplier
         self.norm = self.nn.RMSNorm(init.full((config.d_model,), 1.0), config.norm_epsilon)
         self.mixer = (mixer_cls or self._named(config.layer_kinds[layer_idx]))(config, layer_idx, init=init)
 
@@ -184,4 +185,6 @@ class Block:
         mixed, after = self.mixer(self.norm(hidden), state, mask, *packed)
         if self.residual_in_fp32:
             hidden = at_least_float32(self.nn, hidden)
+        if self.residual_multiplier != 1:
+            mixed = mixed * self.residual_multiplier
         return hidden + self.nn.astype(mixed, hidden.dtype), after

@@ -46,6 +46,7 @@ class MambaConfig:
             when None.
         mamba2, attention, mlp: the sizes of the blocks of kind ``"mamba2"``, ``"attention"``, and ``"mlp"`` or
             ``"moe"``; None where there are none.
+        residual_multiplier: factor on what each block adds to the residual stream.
         family: the family of checkpoints as which the model is written, a name of :data:`mambax.families.FAMILIES`;
             when None, ``"mamba"`` for a model that Mamba-1 checkpoints can describe, else ``"mambax"``.
         scan: name of the selective-scan implementation, or ``"auto"``; not a property of the weights, so it is
@@ -79,6 +80,7 @@ class MambaConfig:
     mamba2: Mamba2Options | None = None
     attention: AttentionOptions | None = None
     mlp: MLPOptions | None = None
+    residual_multiplier: float = 1.0
     family: str | None = None
     scan: str = "auto"
 
@@ -108,9 +110,10 @@ class MambaConfig:
         check_options(self, "mamba2", Mamba2Options)
         check_options(self, "attention", AttentionOptions)
         check_options(self, "mlp", MLPOptions)
+        check_float(self, "residual_multiplier", -1e6, 1e6)
         self._check_layer_types()
         if self.family is None:
-            plain = set(self.layer_kinds) == {"mamba"} and self.dt_b_c_norm == "none"
+            plain = set(self.layer_kinds) == {"mamba"} and self.dt_b_c_norm == "none" and self.unscaled
             object.__setattr__(self, "family", "mamba" if plain else "mambax")
         if not isinstance(self.family, str):
             fail(self, "family", self.family, "the name of a family of checkpoints, or None")
@@ -124,6 +127,11 @@ class MambaConfig:
         if len(kinds) != self.n_layer or not all(isinstance(kind, str) for kind in kinds):
             fail(self, "layer_types", self.layer_types, f"n_layer ({self.n_layer}) names of mixers, or None")
         object.__setattr__(self, "layer_types", tuple(kinds))
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether no factor is on the residual stream or at the ends of the model."""
+        return self.residual_multiplier == 1
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -151,17 +159,23 @@ class MambaLMConfig(MambaConfig):
     Args:
         vocab_size: rows of the embedding table and of the head, padding rows included.
         tie_embeddings: the head is the embedding table.
+        embedding_multiplier: factor on the embeddings.
+        logits_multiplier: factor on the logits.
         bos_token_id, pad_token_id: token ids, or None.
         eos_token_id: the token id that ends a text, or several of them, or None.
     """
 
     vocab_size: int
     tie_embeddings: bool = True
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        check_float(self, "embedding_multiplier", -1e6, 1e6)
+        check_float(self, "logits_multiplier", -1e6, 1e6)
         super().__post_init__()
         check_int(self, "vocab_size", 1, 2**24)
         check_bool(self, "tie_embeddings")
@@ -173,6 +187,11 @@ class MambaLMConfig(MambaConfig):
         for token in self.eos_token_ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 fail(self, "eos_token_id", token, f"token ids from 0 to {self.vocab_size - 1}, or None")
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether no factor is on the residual stream or at the ends of the model."""
+        return super().unscaled and self.embedding_multiplier == self.logits_multiplier == 1
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -260,6 +260,8 @@ class MambaForCausalLM(CheckpointMixin, GenerationMixin):
         with_loss = labels is not None or shift_labels is not None
         packed = {"segment_ids": segment_ids, "boundaries": boundaries}
         hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask, **packed)
+        if self.config.logits_multiplier != 1:
+            hidden = hidden * self.config.logits_multiplier  # the head is linear, so that this scales the logits
         module: Any = self.backbone.embeddings if self.lm_head is None else self.lm_head
         head = module if self.lm_head is not None else module.as_linear
         loss = losses.Loss(None, None)
@@ -388,4 +390,7 @@ def _embed_and_encode(
 ) -> EncoderOutput:
     table = backbone.embeddings.weight
     ids = as_token_ids(backbone.nn, input_ids, backbone.config.vocab_size, table)
-    return backbone(backbone.embeddings(ids), state, mask, **packed)
+    hidden = backbone.embeddings(ids)
+    if backbone.config.embedding_multiplier != 1:
+        hidden = hidden * backbone.config.embedding_multiplier
+    return backbone(hidden, state, mask, **packed)

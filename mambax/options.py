@@ -123,6 +123,8 @@ class MLPOptions:
         activation: ``"silu"`` or ``"relu2"`` (the square of ``relu``).
         gated: whether a second product, put through the activation, gates the first (Shazeer 2020).
         use_bias: biases in the products.
+        d_shared: width of the MLP that every position goes through in a ``"shared_moe"`` block; 0 where there is
+            none.
         n_experts: experts of a ``"moe"`` block; 0 where there are none.
         n_experts_per_token: how many of them each token goes through.
 
@@ -134,6 +136,7 @@ class MLPOptions:
     activation: str = "silu"
     gated: bool = True
     use_bias: bool = False
+    d_shared: int = 0
     n_experts: int = 0
     n_experts_per_token: int = 0
 
@@ -141,5 +144,6 @@ class MLPOptions:
         check_int(self, "d_intermediate", 1, 2**24)
         check_choice(self, "activation", ("silu", "relu2"))
         check_bool(self, "gated", "use_bias")
+        check_int(self, "d_shared", 0, 2**24)
         check_int(self, "n_experts", 0, 2**16)
         check_int(self, "n_experts_per_token", 1 if self.n_experts else 0, self.n_experts)

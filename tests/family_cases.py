@@ -59,6 +59,31 @@ def bamba(**changes: Any) -> Any:
     return transformers.BambaForCausalLM(transformers.BambaConfig(**(fields | changes)))
 
 
+def granite(**changes: Any) -> Any:
+    import transformers
+
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 28, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 8, "mamba_d_state": 7, "mamba_n_groups": 2, "mamba_chunk_size": 16,
+        "shared_intermediate_size": 20, "num_local_experts": 5, "num_experts_per_tok": 2, "eos_token_id": None,
+        "embedding_multiplier": 1.5, "residual_multiplier": 0.4, "logits_scaling": 3.0, "attention_multiplier": 0.1,
+    }  # fmt: skip
+    return transformers.GraniteMoeHybridForCausalLM(transformers.GraniteMoeHybridConfig(**(fields | changes)))
+
+
+def nemotron_h(**changes: Any) -> Any:
+    import transformers
+
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 52, "head_dim": 10,
+        "layers_block_type": ["mamba", "attention", "mlp", "mamba", "mlp"], "num_attention_heads": 4,
+        "num_key_value_heads": 2, "mamba_num_heads": 6, "mamba_head_dim": 14, "ssm_state_size": 7, "n_groups": 3,
+        "chunk_size": 16, "eos_token_id": None,
+    }  # fmt: skip
+    return transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**(fields | changes)))
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "falcon_mamba": falcon_mamba,
     "falcon_mamba-biases-tied": lambda: falcon_mamba(use_bias=True, tie_word_embeddings=True, conv_kernel=3),
@@ -66,7 +91,13 @@ CASES: dict[str, Callable[[], Any]] = {
     "bamba-biases-tied": lambda: bamba(
         attention_bias=True, mlp_bias=True, mamba_proj_bias=True, tie_word_embeddings=True, num_key_value_heads=4
     ),
+    "granite": granite,
+    "granite-dense-rope-tied": lambda: granite(
+        num_local_experts=0, position_embedding_type="rope", tie_word_embeddings=True, attention_bias=True
+    ),
     "jamba": jamba,
+    "nemotron_h": nemotron_h,
+    "nemotron_h-biases": lambda: nemotron_h(use_bias=True, mlp_bias=True, n_groups=1),
     "jamba-dense": lambda: jamba(num_experts=1, num_experts_per_tok=1, mamba_proj_bias=True, rms_norm_eps=1e-4),
     "mamba2": mamba2,
     "mamba2-limits": lambda: mamba2(time_step_limit=[0.05, 0.2], n_groups=1, use_bias=True, use_conv_bias=False),

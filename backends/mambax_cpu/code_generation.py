@@ -14,10 +14,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, codegen, cpu
+from numba.core import cgutils, codegen, config, cpu
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import CPUDispatcher, cpu_target
 from numba.extending import make_attribute_wrapper, models, register_model
@@ -97,7 +96,7 @@ def compiled_part(function: Callable[..., Any], **options: Any) -> Any:
     Raises:
         RuntimeError: where Numba has been told not to compile.
     """
-    if numba.config.DISABLE_JIT:
+    if vars(config).get("DISABLE_JIT"):
         raise RuntimeError("NUMBA_DISABLE_JIT is set, but the CPU kernels cannot run as Python; unset it")
     common = {"nopython": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "error_model": "numpy"}
     return _Dispatcher(function, targetoptions={**common, **options})
@@ -139,7 +138,7 @@ _KINDS = {"a": _array, "i": types.int64, "d": types.float64}
 
 _BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _OBJECT = _BYTE.as_pointer()
-_BUFFER = ir.ArrayType(_LONG, 16)  # room for a Py_buffer, of which the first two fields are the address and the owner
+_BUFFER = ir.ArrayType(_LONG, 16)  # a Py_buffer with room to spare; it begins with the address and the owner
 _C = {
     "PyLong_AsLongLong": ir.FunctionType(_LONG, [_OBJECT]),
     "PyFloat_AsDouble": ir.FunctionType(ir.DoubleType(), [_OBJECT]),

@@ -1,15 +1,15 @@
 """How the kernels of this package are written, compiled and called.
 
-A kernel is a Python function in a file of its own kind, with :func:`kernel` above it. What runs is machine code: made by
-Numba at the first call ever, kept on disk by :mod:`mambax_cpu.object_files`, and from then on loaded without Numba,
-whose import alone takes a fifth of a second. So that Numba stays out, the files that call kernels do not import
-those that define them, but name them::
+A kernel is a Python function with :func:`kernel` above it. What runs is machine code: made by Numba at the first
+call ever, kept on disk by :mod:`mambax_cpu.object_files`, and from then on loaded without Numba, whose import alone
+takes a fifth of a second and 20 MB. So that Numba stays out, the files that call kernels do not import those that
+define them, but name them::
 
     kernels = KernelFile("mambax_cpu.scan_forward")
     kernels.forward(table, length, channels, states, use_softplus, first, last, scratch)
 
-Kernels take whole numbers, floats and C-contiguous arrays, of which they see the address, ``array.ctypes.data``. They
-return a whole number, which is 0 where the function returns nothing, and run without the GIL.
+Kernels take whole numbers, floats and C-contiguous arrays, of which they see the address, ``array.ctypes.data``.
+They return a whole number, which is 0 where the function returns nothing, and run without the GIL.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Kernel:
 
 
 def _kind(argument: Any) -> str:
-    """"a" for an array, "i" for a whole number, "d" for a float."""
+    """One letter: a for an array, i for a whole number, d for a float."""
     if isinstance(argument, np.ndarray):
         return "a"
     if isinstance(argument, (int, np.integer)):
@@ -119,7 +119,7 @@ def _compiled(function: Callable[..., Any], kinds: str, symbol: str) -> bytes:
     notice = threading.Timer(
         max(0.0, _SILENCE - _spent),
         _log.warning,
-        ("mambax: compiling the CPU kernels for this machine; %s", object_files.describe()),
+        ("mambax: compiling the CPU kernels for this machine, which is done once",),
     )
     notice.daemon = True
     start = time.perf_counter()

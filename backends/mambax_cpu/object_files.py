@@ -1,12 +1,12 @@
 """Object code of kernels kept on disk, so that each is compiled once per machine.
 
-The name of a file is a digest of all that its contents depend on: the text of the files that the kernel is made of,
-the versions of Python, Numba and LLVM, and the processor. So an edit or an upgrade makes another file, two processes
-at once write the same, and nothing has to be told apart or deleted by hand. What was not used for
+The name of a file is a digest of all that its contents depend on: the text of the files that the kernel is made
+of, the versions of Python, Numba and LLVM, and the processor. So an edit or an upgrade makes another file, two
+processes at once write the same, and nothing has to be told apart or deleted by hand. What was not used for
 :data:`DAYS` days goes when something new comes.
 
-It is machine code that will be run: a file is used only if its contents are those that were written, and if the file
-and its folder belong to this user and nobody else may write to them.
+It is machine code that will be run: a file is used only if its contents are those that were written, and if the
+file and its folder belong to this user and nobody else may write to them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ _HEAD = len(_MAGIC) + _SIZE
 _SUFFIX = ".kernel"
 _DAY = 24 * 60 * 60.0
 _IMPORT = re.compile(
-    r"^[ \t]*(?:from[ \t]+(mambax\w*(?:\.\w+)*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)|import[ \t]+(mambax\w*(?:\.\w+)*))",
-    re.MULTILINE,
+    r"^[ \t]*(?:from (mambax[\w.]*) import (\([^)]*\)|[^\n]*)|import (mambax[\w.]*))", re.MULTILINE
 )
 _IGNORED = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}  # change no code
 
@@ -51,7 +50,11 @@ _log = logging.getLogger("mambax")
 
 
 def folder() -> Path:
-    """Where the files are: under ``NUMBA_CACHE_DIR`` where that is set, else in the user's folder for caches."""
+    """Where the files are: under ``NUMBA_CACHE_DIR`` where that is set, else in the user's folder for caches.
+
+    Raises:
+        RuntimeError: when the user has no home.
+    """
     if named := os.environ.get("NUMBA_CACHE_DIR"):
         return Path(named) / "mambax"
     if sys.platform == "win32":
@@ -61,24 +64,19 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambax" / "kernels"
 
 
-def describe() -> str:
-    """Whether what is compiled is kept, for a message."""
-    return f"they are kept in {folder()} for the next start"
-
-
 def read(key: str) -> bytes | None:
     """The object code of this key; None when there is none that may be used."""
-    path = folder() / (key + _SUFFIX)
-    if _problem(path.parent):
-        return None
     try:
+        path = folder() / (key + _SUFFIX)
+        if _problem(path.parent):
+            return None
         with path.open("rb") as file:
             if _foreign(os.fstat(file.fileno())):
                 return None
             contents = file.read()
             if time.time() - os.fstat(file.fileno()).st_mtime > _DAY:
                 os.utime(path)
-    except OSError:  # most often: it is not there
+    except (OSError, RuntimeError):  # most often: it is not there
         return None
     head, code = contents[:_HEAD], contents[_HEAD:]
     return code if head == _MAGIC + _digest(key, code) else None
@@ -86,12 +84,12 @@ def read(key: str) -> bytes | None:
 
 def write(key: str, code: bytes) -> None:
     """Keep object code. Where that cannot be, a warning says why, and this process goes on with what it has."""
-    place = folder()
-    path, temporary = place / (key + _SUFFIX), place / f".{os.urandom(8).hex()}.tmp"
     try:
+        place = folder()
+        path, temporary = place / (key + _SUFFIX), place / f".{os.urandom(8).hex()}.tmp"
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if problem := _problem(place):
-            raise PermissionError(problem)
+            raise PermissionError(f"{place}: {problem}")
         _remove_old(place)
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o600), "wb") as file:
@@ -99,8 +97,8 @@ def write(key: str, code: bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        _warn(f"{place}: {error.strerror or error}")
+    except (OSError, RuntimeError) as error:
+        _warn(str(error))
 
 
 @cache
@@ -125,7 +123,7 @@ def _problem(place: Path) -> str:
 
 
 def _foreign(found: os.stat_result) -> bool:
-    """Whether somebody else may write to a file or a folder. Windows keeps others out of a user's folders itself."""
+    """Whether somebody else may write to a file or a folder. Windows keeps a user's folders from others itself."""
     if sys.platform == "win32":
         return False
     return found.st_uid != os.geteuid() or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))

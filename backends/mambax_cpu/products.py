@@ -149,7 +149,7 @@ def fastest(
     """a b^T + bias of float32 arrays by :func:`product` or by NumPy, whichever is faster on this machine."""
     if a.size * b.shape[0] >= _LARGE and is_fast():
         return product(a, b, bias, out=out, threads=threads)
-    out = np.matmul(a, b.T, out=out)
+    result = np.matmul(a, b.T, out=out)
     if bias is not None:
-        out += bias
-    return out
+        result += bias
+    return result

@@ -74,3 +74,8 @@ def product_scratch(group: int, inner: int) -> int:
 
 NORM_ROWS = 64
 """Rows of a task of the backward kernel, which adds up their shares in the gradient of the weight."""
+
+
+def norm_scratch(count: int) -> int:
+    """Of the backward kernel for so many values in a row."""
+    return WIDTH * (1 + -(-count // WIDTH))

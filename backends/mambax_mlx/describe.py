@@ -33,5 +33,5 @@ def describe() -> Mapping[str, str]:
         "selective_scan": kernels + inside.format("chunked, and sequential for one token"),
         "causal_conv1d": kernels + inside.format("MLX's operations"),
         "products": by_numpy if products.by_numpy() else "MLX",
-        "one token": "block by block",
+        "one token": "blocks of the numpy backend, where no gradient is wanted (in generation)",
     }

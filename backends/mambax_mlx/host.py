@@ -7,16 +7,36 @@ there its own operations have to do. Gradients go through: such a function is an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
+_without_gradients: ContextVar[bool] = ContextVar("without_gradients", default=False)
+
 
 def default_device() -> str:
     """``"gpu"`` or ``"cpu"``: where MLX computes."""
     return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """A promise that no gradient of what is computed in here will be asked for."""
+    token = _without_gradients.set(True)
+    try:
+        yield
+    finally:
+        _without_gradients.reset(token)
+
+
+def no_gradients() -> bool:
+    """Whether this runs inside :func:`without_gradients`."""
+    return _without_gradients.get()
 
 
 def computable(*arrays: mx.array | None) -> bool:

@@ -6,7 +6,7 @@ MLX places arrays on its default device; there is nothing to say per array.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from importlib.metadata import version as _distribution_version
 from typing import Any
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn
 import numpy as np
 
-from mambax_mlx.host import default_device, exp
+from mambax_mlx.host import default_device, exp, without_gradients
 
 __all__ = [
     "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cos", "cumulative_logsumexp",
@@ -194,8 +194,8 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def no_grad() -> AbstractContextManager[Any]:
-    """MLX records gradients only where it is asked for them."""
-    return nullcontext()
+    """MLX records gradients only where it is asked for them. In here nobody will, so that more may be fused."""
+    return without_gradients()
 
 
 def evaluate(*arrays: Array, wait: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 The wheels of MLX for Linux come with the reference BLAS: 650 ms for the product of (512, 768) and (768, 3072) on
 one core of Zen 5, where NumPy's BLAS takes 22; its product with weights of 4 bits takes 1.8 ms for one row, the
-kernels of :mod:`mambax_mlx.affine_kernels` 0.3. On macOS MLX uses Accelerate, and products of floats stay with it.
+kernels of :mod:`mambax_mlx.cpu_affine` 0.3. On macOS MLX uses Accelerate, and products of floats stay with it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,8 @@ import sys
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mambax_mlx.host import computable, default_device, values
-
-_KERNEL_BITS = (4, 8)
-"""Numbers of bits for which there are kernels; 2, 3 and 6 are MLX's alone."""
 
 
 def by_numpy() -> bool:
@@ -86,11 +82,13 @@ def quantized_product(
 def _quantized(x: mx.array, weight: mx.array, scales: mx.array, biases: Any, format_: dict[str, Any]) -> mx.array:
     from mambax_cpu import linear
 
+    from mambax_mlx import cpu_affine
+
     def multiply(x: mx.array) -> mx.array:
         rows = math.prod(x.shape[:-1])
-        if rows <= linear.FEW_ROWS and format_["bits"] in _KERNEL_BITS:
-            y = mx.array(_few_rows(x, weight, scales, biases, format_["bits"]))
-            return y.reshape(*x.shape[:-1], len(scales)).astype(x.dtype)
+        if rows <= linear.FEW_ROWS and format_["bits"] in cpu_affine.BITS:
+            matrix = cpu_affine.packed(weight, scales, biases, format_["bits"])
+            return mx.array(cpu_affine.product(values(x.astype(mx.float32)), matrix)).astype(x.dtype)
         return product(x, dequantized()).astype(x.dtype)
 
     def dequantized() -> mx.array:
@@ -99,28 +97,3 @@ def _quantized(x: mx.array, weight: mx.array, scales: mx.array, biases: Any, for
     function: Any = mx.custom_function(multiply)
     function.vjp(lambda x, dy, _: product(dy.astype(mx.float32), dequantized().T).astype(x.dtype))
     return function(x)
-
-
-def _few_rows(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int) -> np.ndarray:
-    """x (..., in) weight^T by the kernels, (R, out) float32."""
-    from mambax_cpu import threads
-
-    from mambax_mlx import affine_kernels
-
-    packed, wide = values(weight), values(x.astype(mx.float32).reshape(-1, x.shape[-1]))
-    places, sums = affine_kernels.arrange(wide, packed.shape[1])
-    out = np.empty((len(wide), len(packed)), np.float32)
-    shift = (packed.shape[1] // scales.shape[1]).bit_length() - 1
-    kernel = affine_kernels.product4 if bits == 4 else affine_kernels.product8
-    with_scale = values(scales.astype(mx.float32)), values(biases.astype(mx.float32))
-
-    def work(first: int, last: int) -> None:
-        kernel(packed, *with_scale, places, sums, shift, out, first, last)
-
-    small = packed.nbytes * len(wide) < _SMALL
-    threads.run(work, len(packed), 1 if small else threads.default_threads())
-    return out
-
-
-_SMALL = 1 << 20
-"""Bytes of weights, once for each row, below which waking another thread costs more than it saves."""

@@ -1,4 +1,4 @@
-"""One token through a stack of blocks: on a GPU one compiled graph, on the CPU block by block.
+"""One token through a stack of blocks: on a GPU one compiled graph, on the CPU NumPy's blocks or block by block.
 
 Dimensions: B batch, M d_model.
 """
@@ -12,38 +12,39 @@ from typing import Any
 
 import mlx.core as mx
 
+from mambax.layer_states import LayerState
+from mambax_mlx.cpu_step import cpu_step
 from mambax_mlx.host import default_device
+from mambax_mlx.walking import Place, same, walk
 
 Arrays = list[mx.array]
-Place = tuple[Any, Any]
-"""A module, which in MLX is a dictionary, or a list in one, and the key of one of its arrays."""
 
 
 def decode_step(
     layers: Sequence[Any], hidden: mx.array, states: Sequence[Any]
 ) -> tuple[mx.array, tuple[Any, ...]] | None:
-    """The blocks as one function that MLX has compiled; see :meth:`mambax.backend.Backend.decode_step`.
+    """The blocks as one function; see :meth:`mambax.backend.Backend.decode_step`.
 
-    None on the CPU, where the kernels of :mod:`mambax_cpu` are faster than what MLX compiles and cannot be in it,
-    and for more than one token: a graph of every length would have to be compiled.
+    On a GPU what MLX compiles, on the CPU :func:`mambax_mlx.cpu_step.cpu_step`. None for more than one token, and
+    where a block keeps anything but a state of fixed size: a graph of every length would have to be compiled.
     """
-    if default_device() != "gpu" or hidden.shape[1] != 1:
+    if hidden.shape[1] != 1 or not all(type(state) is LayerState for state in states):
         return None
-    return compiled_step(layers, hidden, states)
+    return (compiled_step if default_device() == "gpu" else cpu_step)(layers, hidden, states)
 
 
 def compiled_step(
     layers: Sequence[Any], hidden: mx.array, states: Sequence[Any]
 ) -> tuple[mx.array, tuple[Any, ...]]:
     """hidden (B, 1, M) through the blocks, compiled at the first call, and again after a layer was replaced."""
-    modules, places = _walk(layers)
+    modules, places = walk(layers)
     step = vars(layers[0]).get("_compiled_step")
-    if step is None or not step.is_of(modules):
+    if step is None or not same(step.modules, modules):
         step = _Step(list(layers), modules)
         object.__setattr__(layers[0], "_compiled_step", step)
     weights = [module[name] for module, name in places]
     hidden, *flat = step.compiled(weights, hidden, [array for state in states for array in state])
-    return hidden, _as_states(flat, states)
+    return hidden, _as_states(flat)
 
 
 class _Step:
@@ -63,42 +64,19 @@ class _Step:
     def __reduce__(self) -> Any:
         return type(None), ()
 
-    def is_of(self, modules: list[Any]) -> bool:
-        """Whether these are the modules that were compiled."""
-        return len(modules) == len(self.modules) and all(a is b for a, b in zip(modules, self.modules, strict=True))
-
     def run(self, weights: Arrays, hidden: mx.array, flat: Arrays) -> Arrays:
         """What is compiled: block by block, over weights that are arguments."""
-        like = [layer.mixer.init_state(hidden.shape[0]) for layer in self.layers]
         after: Arrays = []
-        with _holding(_walk(self.layers)[1], weights):
-            for layer, state in zip(self.layers, _as_states(flat, like), strict=True):
+        with _holding(walk(self.layers)[1], weights):
+            for layer, state in zip(self.layers, _as_states(flat), strict=True):
                 hidden, state = layer(hidden, state)
                 after += state
         return [hidden, *after]
 
 
-def _as_states(flat: Arrays, like: Sequence[Any]) -> tuple[Any, ...]:
-    """The arrays as states of these types."""
-    rest = iter(flat)
-    return tuple(type(state)(*(next(rest) for _ in state)) for state in like)
-
-
-def _walk(layers: Sequence[Any]) -> tuple[list[Any], list[Place]]:
-    """Every module, and the place of every array in them."""
-    modules: list[Any] = []
-    places: list[Place] = []
-    waiting: list[Any] = [*reversed(layers)]
-    while waiting:
-        module = waiting.pop()
-        if isinstance(module, dict):
-            modules.append(module)
-        for key, value in module.items() if isinstance(module, dict) else enumerate(module):
-            if isinstance(value, mx.array):
-                places.append((module, key))
-            elif isinstance(value, (dict, list)):
-                waiting.append(value)
-    return modules, places
+def _as_states(flat: Arrays) -> tuple[LayerState, ...]:
+    """The arrays, two for each block, as states."""
+    return tuple(map(LayerState, flat[0::2], flat[1::2]))
 
 
 @contextmanager

@@ -14,9 +14,6 @@ from mambax_numpy import ops
 from mambax_numpy.fused import causal_conv1d
 from mambax_numpy.module import Module, Parameter
 
-_LARGE_NORM = 1 << 14
-"""Values from which on the kernel of RMSNorm is faster than NumPy's operations one by one."""
-
 _SMALL = 1 << 15
 """Weights below which a float32 product is too short for a choice of implementation to matter."""
 
@@ -36,14 +33,13 @@ def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.nd
 def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """x weight^T in float32 at least.
 
-    NumPy's own product is as fast as memory for one float32 row, slow for a few, and for many as good as its library
-    knows the processor; it has none for narrower dtypes.
+    NumPy's own product is as fast as memory for one float32 row, slow for a few, and for many as good as its
+    library knows the processor; it has none for narrower dtypes.
     """
     if np.float64 not in (x.dtype, weight.dtype):
         from mambax_cpu import linear
 
-        rows = x.size // max(1, x.shape[-1])
-        if weight.dtype != np.float32 or (rows > 1 and weight.size >= _SMALL):
+        if weight.dtype != np.float32 or weight.size >= _SMALL:
             return linear.linear(x, weight)
     return at_least_float32(ops, x) @ at_least_float32(ops, weight).T
 
@@ -98,10 +94,6 @@ class RMSNorm(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """(..., D) to (..., D)."""
-        if x.size >= _LARGE_NORM and np.float64 not in (x.dtype, self.weight.dtype):
-            from mambax_cpu import norms
-
-            return ops.astype(norms.rms_norm(x, self.weight, self.eps), self.weight.dtype)
         if np.float64 not in (x.dtype, self.weight.dtype):
             from mambax_cpu import norm
 

@@ -37,6 +37,30 @@ class MoEMixer(mlp.MoEMixer, Module):
     expert_cls = MLPMixer
 
 
+class FusedMLP(mlp.FusedMLP, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
+class ExpertWeights(mlp.ExpertWeights, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
+class Router(mlp.Router, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
+class FusedExperts(mlp.FusedExperts, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    weights_cls = ExpertWeights
+    router_cls = Router
+
+
+class SharedMoEMixer(mlp.SharedMoEMixer, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    mlp_cls = FusedMLP
+    experts_cls = FusedExperts
+
+
 class Block(blocks.Block, Module):
     nn: ClassVar[Backend] = mambax_numpy
     mixers: ClassVar[Mapping[str, Any]] = {
@@ -45,6 +69,7 @@ class Block(blocks.Block, Module):
         "attention": AttentionMixer,
         "mlp": MLPMixer,
         "moe": MoEMixer,
+        "shared_moe": SharedMoEMixer,
     }
 
 

@@ -39,6 +39,30 @@ class MoEMixer(mlp.MoEMixer, Module):
     expert_cls = MLPMixer
 
 
+class FusedMLP(mlp.FusedMLP, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class ExpertWeights(mlp.ExpertWeights, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class Router(mlp.Router, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class FusedExperts(mlp.FusedExperts, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    weights_cls = ExpertWeights
+    router_cls = Router
+
+
+class SharedMoEMixer(mlp.SharedMoEMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    mlp_cls = FusedMLP
+    experts_cls = FusedExperts
+
+
 class Block(blocks.Block, Module):
     nn: ClassVar[Backend] = mambax_torch
     mixers: ClassVar[Mapping[str, Any]] = {
@@ -47,6 +71,7 @@ class Block(blocks.Block, Module):
         "attention": AttentionMixer,
         "mlp": MLPMixer,
         "moe": MoEMixer,
+        "shared_moe": SharedMoEMixer,
     }
 
 

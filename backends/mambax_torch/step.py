@@ -233,6 +233,7 @@ def _is_ours(block: Any) -> bool:
     return (
         mixer.config.scan in ("auto", "cpu")
         and mixer.config.dt_b_c_norm == "none"
+        and block.residual_multiplier == 1
         and type(mixer.conv1d) is CausalConv1d
         and all(type(linear) in (Linear, QuantizedLinear) for linear in linears)
         and type(mixer.dt_proj) is Linear

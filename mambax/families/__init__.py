@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mambax.families import bamba, codestral, falcon_mamba, jamba, mamba, mamba2, own
+from mambax.families import bamba, codestral, falcon_mamba, granite, jamba, mamba, mamba2, nemotron_h, own
 from mambax.families.family import CAUSAL_LM, CLASSIFIER, ENCODER, Family, Fields
 
 __all__ = ["CAUSAL_LM", "CLASSIFIER", "ENCODER", "FAMILIES", "Family", "Fields", "family_of", "named", "supported"]
@@ -21,6 +21,8 @@ FAMILIES: dict[str, Family] = {
         codestral.CODESTRAL,
         jamba.JAMBA,
         bamba.BAMBA,
+        granite.GRANITE,
+        nemotron_h.NEMOTRON_H,
         own.OWN,
     )
 }

@@ -21,7 +21,7 @@ class LayerPairs:
     """The names of such a family.
 
     Args:
-        mixers: kind of mixer -> its name in a layer.
+        mixers: kind of mixer -> its name in a layer; empty where the parts of a mixer stand in the layer itself.
         norms: names of the norms before the mixer and before the MLP.
         final_norm: name of the last norm of the model.
     """
@@ -39,8 +39,12 @@ class LayerPairs:
         if first in self.norms:
             return f"backbone.layers.{2 * layer + self.norms.index(first)}.norm.{inside}"
         kinds = config.layer_kinds[2 * layer : 2 * layer + 2]
-        blocks = [i for i, kind in enumerate(kinds) if self.mixers[kind] == first]
-        return f"backbone.layers.{2 * layer + blocks[0]}.mixer.{inside}" if blocks else name
+        for i, kind in enumerate(kinds):
+            if self.mixers[kind] == first:
+                return f"backbone.layers.{2 * layer + i}.mixer.{inside}"
+            if i == len(kinds) - 1 and not self.mixers[kind]:
+                return f"backbone.layers.{2 * layer + i}.mixer.{first}.{inside}"
+        return name
 
     def to_checkpoint(self, parameter: str, config: MambaLMConfig) -> str:
         """The name in a checkpoint of the parameter at this path."""
@@ -49,7 +53,7 @@ class LayerPairs:
             return self._outside().get(parameter, parameter)
         block, part, inside = int(named[1]), named[2], named[3]
         first = self.mixers[config.layer_kinds[block]] if part == "mixer" else self.norms[block % 2]
-        return f"model.layers.{block // 2}.{first}.{inside}"
+        return ".".join(filter(None, (f"model.layers.{block // 2}", first, inside)))
 
     def _outside(self) -> dict[str, str]:
         return {

@@ -1,0 +1,127 @@
+"""One token through a stack of Mamba-1 blocks on the CPU, where no gradient is wanted: all of it in NumPy.
+
+Between two operations MLX hands work to its own thread and waits for it, which for one token takes longer than many
+of the operations. So the blocks are NumPy's, over the memory of MLX's weights: its fused step of the whole stack for
+weights of floats, its blocks one after another for quantised ones.
+
+Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mambax.init import Initializer
+from mambax.layer_states import LayerState
+from mambax_mlx import cpu_affine, host, products
+from mambax_mlx.layers import QuantizedLinear
+from mambax_mlx.walking import same, walk
+
+
+class _Twin(NamedTuple):
+    """Blocks of the NumPy backend over the weights of MLX's.
+
+    Attributes:
+        blocks: NumPy's, or None where there are none that compute the same.
+        modules: all modules of MLX's blocks.
+        addresses: of all their arrays.
+        arrays: the arrays, so that no other can take their memory.
+    """
+
+    blocks: list[Any] | None
+    modules: list[Any]
+    addresses: list[int]
+    arrays: list[mx.array]
+
+    def __reduce__(self) -> Any:  # a copy of a model makes its own
+        return type(None), ()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
+def cpu_step(
+    layers: Sequence[Any], hidden: mx.array, states: Sequence[Any]
+) -> tuple[mx.array, tuple[Any, ...]] | None:
+    """hidden (B, 1, M) through the blocks; None where a gradient may be wanted, or they are not all plain Mamba-1."""
+    if not (host.no_gradients() and products.by_numpy()):
+        return None
+    if not host.computable(hidden, *(array for state in states for array in state)):
+        return None
+    blocks = _twin(layers).blocks
+    if blocks is None:
+        return None
+    from mambax_numpy.step import decode_step
+
+    given = host.values(hidden)
+    before = [LayerState(*map(host.values, state)) for state in states]
+    stepped = decode_step(blocks, given, before)
+    if stepped is None:
+        after = []
+        for block, state in zip(blocks, before, strict=True):
+            given, state = block(given, state)
+            after.append(state)
+        stepped = given, tuple(after)
+    return _array(stepped[0]), tuple(LayerState(*map(_array, state)) for state in stepped[1])
+
+
+def _array(x: np.ndarray) -> mx.array:
+    """A copy as an array of MLX."""
+    return mx.array(x.view(np.uint16)).view(mx.bfloat16) if x.dtype.name == "bfloat16" else mx.array(x)
+
+
+def _twin(layers: Sequence[Any]) -> _Twin:
+    """The twin of a stack, from the last token if neither its modules nor their arrays have changed."""
+    modules, places = walk(layers)
+    arrays = [module[name] for module, name in places]
+    mx.eval(arrays)
+    addresses = [np.frombuffer(memoryview(array), np.uint8).__array_interface__["data"][0] for array in arrays]
+    found = vars(layers[0]).get("_twin")
+    if found is None or found.addresses != addresses or not same(found.modules, modules):
+        blocks = [_block(layer) for layer in layers] if all(map(_is_plain, layers)) else None
+        kept = [mx.stop_gradient(array) for array in arrays]  # which a change in place does not reach
+        mx.eval(kept)
+        found = _Twin(blocks, modules, addresses, kept)
+        object.__setattr__(layers[0], "_twin", found)
+    return found
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a block consists of the classes of this backend alone, and of nothing that was set beside them."""
+    from mambax_mlx.models import Block, MambaMixer
+
+    if type(layer) is not Block or type(layer.mixer) is not MambaMixer:
+        return False
+    modules = walk([layer])[0]
+    quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
+    return (
+        layer.mixer.config.scan in ("auto", "cpu")
+        and all(type(module).__module__.startswith("mambax_mlx.") for module in modules)
+        and all(module.mode == "affine" and module.bits in cpu_affine.BITS for module in quantized)
+    )
+
+
+def _block(layer: Any) -> Any:
+    """NumPy's block over the arrays of one of MLX's."""
+    from mambax_numpy import models, module
+
+    block = models.Block(layer.mixer.config, layer.mixer.layer_idx, init=Initializer(None))
+    block.residual_in_fp32 = layer.residual_in_fp32
+    values = {}
+    for name, part in (("norm", layer.norm), *layer.mixer.items()):
+        if isinstance(part, mx.array):
+            setattr(block.mixer, name, host.values(part))
+        elif isinstance(part, QuantizedLinear):
+            matrix = cpu_affine.packed(part.weight, part.scales, part.biases, part.bits)
+            bias = part.get("bias")
+            linear = cpu_affine.AffineLinear(matrix, None if bias is None else host.values(bias))
+            setattr(block.mixer, name, linear)
+        else:
+            prefix = "norm" if name == "norm" else f"mixer.{name}"
+            values |= {f"{prefix}.{key}": host.values(array) for key, array in part.items()}
+    module.set_parameters(block, values)
+    return block
