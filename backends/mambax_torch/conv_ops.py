@@ -11,7 +11,7 @@ import torch
 from mambax_cpu import convolution
 from torch import Tensor
 
-from mambax_torch.cpu_ops import array, like, may_call_directly, room_like
+from mambax_torch.cpu_ops import array, like, may_call_directly, room_like, shared
 
 
 def _arguments(
@@ -22,10 +22,14 @@ def _arguments(
     mask: Tensor | None,
     boundaries: Tensor | None,
     activation: str | None,
+    narrow: bool = True,
 ) -> convolution.Arguments:
+    """The arguments for the kernels, of which the backward one takes no `narrow` x."""
+    keep = shared if narrow else array
     return convolution.arguments(
-        *map(array, (x, weight, bias)),
-        initial_state=array(initial_state),
+        keep(x),
+        *map(array, (weight, bias)),
+        initial_state=keep(initial_state),
         mask=array(mask),
         boundaries=array(boundaries),
         activation=activation,
@@ -72,7 +76,7 @@ def _backward(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias and initial_state."""
-    given = _arguments(x, weight, bias, initial_state, mask, boundaries, activation)
+    given = _arguments(x, weight, bias, initial_state, mask, boundaries, activation, narrow=False)
     g = convolution.backward(given, array(dy), threads=torch.get_num_threads())
     return like(g.x, x), like(g.weight, weight), like(g.bias, bias), like(g.initial_state, initial_state)
 

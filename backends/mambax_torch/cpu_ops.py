@@ -12,22 +12,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import torch
 from mambax_cpu import scan
 from torch import Tensor
 
+from mambax_torch import ops
+
 
 def array(x: Tensor | None) -> Any:
-    """The values as a NumPy array, shared where NumPy has the dtype; None for None."""
+    """The values as a NumPy array, shared unless they are bfloat16, which become float32; None for None."""
     if x is None:
         return None
     x = x.detach()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
+def shared(x: Tensor | None) -> Any:
+    """The values as a NumPy array that shares them, bfloat16 as ``ml_dtypes.bfloat16``; None for None."""
+    if x is None:
+        return None
+    x = x.detach()
+    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
 def like(values: Any, x: Tensor | None) -> Tensor:
     """A tensor of the values in the dtype of x; without elements where x is None."""
-    return torch.empty(0) if x is None else torch.from_numpy(values).to(x.dtype)
+    return torch.empty(0) if x is None else ops.from_numpy(values).to(x.dtype)
 
 
 def room_like(x: Tensor | None) -> Tensor:
@@ -64,10 +75,14 @@ def _scan_arguments(
     initial_state: Tensor | None,
     mask: Tensor | None,
     boundaries: Tensor | None,
+    narrow: bool = True,
 ) -> scan.Arguments:
+    """The arguments for the kernels, of which the backward one takes no `narrow` u and z."""
+    keep = shared if narrow else array
     return scan.arguments(
-        *map(array, (u, delta, A, B, C, D)),
-        z=array(z),
+        keep(u),
+        *map(array, (delta, A, B, C, D)),
+        z=keep(z),
         delta_bias=array(delta_bias),
         delta_softplus=delta_softplus,
         initial_state=array(initial_state),
@@ -139,7 +154,9 @@ def _scan_backward(
     boundaries: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state."""
-    given = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, mask, boundaries)
+    given = _scan_arguments(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, mask, boundaries, narrow=False
+    )
     gradients = scan.backward(given, array(saved), array(dy), array(dfinal), threads=torch.get_num_threads())
     of = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return tuple(like(g, x) for g, x in zip(gradients, of, strict=True))  # pyright: ignore[reportReturnType] nine

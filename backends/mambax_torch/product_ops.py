@@ -29,7 +29,7 @@ Way = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 LARGE = 1 << 22
 """Products (R in out) from which on the choice matters more than the call of an operator."""
 
-_ROUNDS = 5
+_ROUNDS = 3
 _CLEARLY = 0.8
 """A way is taken instead of one before it when it needs less than this share of its time. The kernels come first,
 because their threads are those of the scan; of narrow dtypes, the way that widens nothing."""
@@ -59,7 +59,9 @@ def fastest(dtype: torch.dtype) -> Way:
     # values that need no random numbers: those are the user's
     x, weight = (torch.full((size, 768), 0.5, dtype=dtype, device="cpu") for size in (512, 768))
     with torch.no_grad():
-        for way in times:  # one after another: PyTorch's threads go on for a while when they have nothing to do
+        # Several of a kind together, for PyTorch's threads go on for a while when they have nothing to do; and all
+        # ways again, for something else may have had the processors.
+        for way in [*times, *times, *times]:
             with suppress(AttributeError, RuntimeError):  # this build, or this processor, does not have it
                 for _ in range(_ROUNDS):
                     start = time.perf_counter()

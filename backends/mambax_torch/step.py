@@ -8,7 +8,7 @@ Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -45,6 +45,8 @@ class _Examined:
         children: dictionaries of modules, and what was in them.
         classes: of the blocks and all below, in order.
         attributes: the dictionaries of their attributes, and how many there were.
+        settings: of blocks, norms and mixers, what their users set: (dictionary, name), and what it was.
+        forwards: what calling a module of each class ran.
         hooks: dictionaries of what is to run before and after ``forward``.
         tensors: dictionaries of parameters and buffers, and what was in them.
         addresses: of those that are not None.
@@ -58,6 +60,8 @@ class _Examined:
     children: tuple[list[dict[str, Any]], list[Any]]
     classes: list[type]
     attributes: tuple[list[dict[str, Any]], list[int]]
+    settings: tuple[list[tuple[Mapping[str, Any], str]], list[Any]]
+    forwards: list[Any]
     hooks: list[dict[int, Any]]
     tensors: tuple[list[dict[str, Any]], list[Any]]
     addresses: list[int]
@@ -71,7 +75,11 @@ class _Examined:
             return None
         if not all(map(is_, map(type, modules), self.classes)):
             return None
-        if list(map(len, self.attributes[0])) != self.attributes[1]:
+        if list(map(len, self.attributes[0])) != self.attributes[1] or not all(
+            map(is_, _forwards(), self.forwards)
+        ):
+            return None
+        if not all(map(is_, [values.get(name) for values, name in self.settings[0]], self.settings[1])):
             return None
         held = list(chain.from_iterable(tensors.values() for tensors in self.tensors[0]))
         if len(held) != len(self.tensors[1]) or not all(map(is_, held, [known() for known in self.tensors[1]])):
@@ -80,6 +88,13 @@ class _Examined:
         if list(map(Tensor.data_ptr, tensors)) != self.addresses or not all(map(Tensor.is_contiguous, tensors)):
             return None
         return tensors
+
+
+def _forwards() -> list[Any]:
+    from mambax_torch.models import Block, MambaMixer
+
+    classes = Block, MambaMixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear
+    return [cls.forward for cls in classes]
 
 
 def _same(dictionaries: list[dict[str, Any]], values: list[Any]) -> bool:
@@ -186,6 +201,12 @@ def _find_out(layers: Sequence[Any]) -> _Examined:
     holders = [held for module in modules for held in (module._parameters, module._buffers)]
     held = [tensor for holder in holders for tensor in holder.values()]
     stack = _stack(blocks)
+    named: list[tuple[Mapping[str, Any], str]] = [
+        (values, name)
+        for values in map(vars, (*blocks, *(child for block in blocks for child in block.children())))
+        for name in values
+        if name[0] != "_" and name != "training"
+    ]
     return _Examined(
         stack=stack,
         narrow=blocks[0].norm.weight.dtype if stack is not None else torch.float32,
@@ -194,6 +215,8 @@ def _find_out(layers: Sequence[Any]) -> _Examined:
         children=([parent._modules for parent in parents], children),
         classes=[type(module) for module in (*blocks, *children)],
         attributes=(attributes, [len(values) for values in attributes]),
+        settings=(named, [values[name] for values, name in named]),
+        forwards=_forwards(),
         hooks=[hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)],
         tensors=(holders, [_nothing if tensor is None else ref(tensor) for tensor in held]),
         addresses=[tensor.data_ptr() for tensor in held if tensor is not None],

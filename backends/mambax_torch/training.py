@@ -20,6 +20,7 @@ from mambax.training.config import TrainingConfig
 from mambax.training.engine import Part
 from mambax.training.matching import check_arrays
 from mambax.training.process_memory import peak_resident_bytes
+from mambax.training.weights import is_saved, write_weights
 from mambax_torch import ops
 
 
@@ -41,11 +42,12 @@ class Engine:
 
     def __init__(self, model: Any, config: TrainingConfig, decayed: Collection[str]) -> None:
         self.model = model
-        self.module = model  # what is called; a wrapper of it may take its place
         for parameter in model.parameters():  # into memory of torch's own, alike in every process
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self.parameters = trainable(model)
         self.device = next(iter(self.parameters.values())).device
+        self.batch_size = config.batch_size
+        self.module = self.wrapped(model)
         self.precision = config.precision
         model.backbone.gradient_checkpointing = config.gradient_checkpointing
         groups = [
@@ -59,7 +61,11 @@ class Engine:
             eps=config.epsilon,
         )
 
-    def accumulate(self, batch: Batch, divisor: float, state: InferenceParams | None) -> Part:
+    def wrapped(self, model: Any) -> Any:
+        """What is called: the model itself in one process."""
+        return model
+
+    def accumulate(self, batch: Batch, divisor: float, state: InferenceParams | None, *, last: bool = True) -> Part:
         """Add the gradients of a part of the batch."""
         self.model.train()
         output = self._run(batch, divisor, state)
@@ -116,7 +122,7 @@ class Engine:
     @torch.no_grad()
     def restore(self, weights: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
         """Copy weights and moments into place."""
-        held = all_parameters(self.model)
+        held = {name: value for name, value in all_parameters(self.model).items() if is_saved(self.model, name)}
         check_arrays({name: tuple(p.shape) for name, p in held.items()}, weights, "weights")
         shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         started = int(arrays.get("step", np.array(0))) > 0
@@ -138,8 +144,8 @@ class Engine:
             torch.cuda.set_rng_state(ops.from_numpy(arrays["random.cuda"]).clone(), self.device)
 
     def save_model(self, folder: Path) -> None:
-        """Write the model in Hugging Face layout."""
-        self.model.save_pretrained(folder)
+        """Write the model in Hugging Face layout; of one with adapters, those alone."""
+        write_weights(self.model, folder)
 
     def memory(self) -> int | None:
         """The highest number of bytes allocated on the device; of the process on the CPU."""

@@ -1,0 +1,145 @@
+"""How the Triton scan is laid out over a GPU: by a rule, or for a class of sizes as a measurement found.
+
+:func:`tune` measures the few :data:`CANDIDATES` and keeps the fastest in a file, by GPU, Triton version and class
+of sizes; nothing is ever measured unasked. The choice moves results by rounding alone.
+
+Dimensions: B batch, L length, D channels, N d_state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+SHORTEST = 32
+"""Steps of a segment, at least; a power of two. Starting one costs about as much as some steps."""
+
+FULL = 4
+"""Programs per processor from which time is not cut into segments: one for each of its schedulers."""
+
+
+class Layout(NamedTuple):
+    """What can be chosen.
+
+    Attributes:
+        cells: d_state times channels of a program where time is cut into segments.
+        whole: the same, at most, where it is not.
+        fill: programs per processor that cutting time into segments aims at.
+        resident: programs per processor in the gradient kernel.
+    """
+
+    cells: int = 1024
+    whole: int = 1024
+    fill: int = 8
+    resident: int = 8
+
+
+CANDIDATES = (
+    Layout(), Layout(cells=512, whole=512), Layout(cells=512, whole=512, fill=16), Layout(fill=16), Layout(fill=4),
+    Layout(resident=6), Layout(resident=12),
+)  # fmt: skip
+
+
+class Segments(NamedTuple):
+    """Time cut into `number` segments of `steps` steps, and channels into blocks of `block`."""
+
+    block: int
+    number: int
+    steps: int
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; for the interpreter, 2."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def block_of(cells: int, channels: int, states: int) -> int:
+    """Channels of a program that holds about so many states, a power of two."""
+    return max(1, min(cells // triton.next_power_of_2(states), 128, triton.next_power_of_2(channels)))
+
+
+def segments_of(
+    layout: Layout, batch: int, length: int, channels: int, states: int, interval: int, processors: int
+) -> Segments:
+    """How the forward pass cuts a scan: into multiples of the interval, or a power of two that divides it."""
+    for cells in (1024, 512, 256):
+        block = block_of(cells, channels, states)
+        if cells <= layout.whole and batch * triton.cdiv(channels, block) >= FULL * processors:
+            return Segments(block, 1, length)
+    block = block_of(layout.cells, channels, states)
+    wanted = triton.cdiv(layout.fill * processors, batch * triton.cdiv(channels, block))
+    steps = max(SHORTEST, triton.cdiv(length, wanted))
+    steps = triton.next_power_of_2(steps) if steps <= interval else interval * triton.cdiv(steps, interval)
+    return Segments(block, triton.cdiv(length, steps), steps) if steps < length else Segments(block, 1, length)
+
+
+def layout_of(device: torch.device, batch: int, length: int, channels: int, states: int) -> Layout:
+    """The layout measured for this class of sizes on this GPU, else the default."""
+    if device.type != "cuda":
+        return Layout()
+    return _measured().get(_key(device, batch, length, channels, states), Layout())
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return f"{torch.cuda.get_device_name(device)} | triton {triton.__version__}"
+
+
+def _key(device: torch.device, batch: int, length: int, channels: int, states: int) -> str:
+    sizes = (triton.next_power_of_2(max(1, size)) for size in (batch * channels, length, states))
+    return " | ".join((_name(device), *map(str, sizes)))
+
+
+def path() -> Path:
+    """The file of measurements, in the user's cache folder."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mambax" / "triton-scan.json"
+
+
+@cache
+def _measured() -> dict[str, Layout]:
+    """What the file holds; nothing where there is none, or none that can be read: it only makes things faster."""
+    try:
+        held = json.loads(path().read_text(encoding="utf-8"))
+        return {key: Layout(**{name: int(value) for name, value in fields.items()}) for key, fields in held.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def tune(
+    device: torch.device, batch: int, length: int, channels: int, states: int, seconds: Callable[[Layout], float]
+) -> dict[Layout, float]:
+    """Measure every candidate, and keep the fastest for this class of sizes in the file and in this process.
+
+    Args:
+        device: a CUDA device.
+        batch, length, channels, states: B, L, D, N.
+        seconds: runs the work with a layout and returns how long it took.
+
+    Returns:
+        The seconds of every candidate.
+    """
+    times = {candidate: seconds(candidate) for candidate in CANDIDATES}
+    held = dict(_measured())
+    held[_key(device, batch, length, channels, states)] = min(times, key=times.__getitem__)
+    file = path()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps({key: value._asdict() for key, value in held.items()}, indent=1), encoding="utf-8")
+    part.replace(file)
+    _measured.cache_clear()
+    return times
