@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -182,6 +183,32 @@ def test_any_memory_layout_gives_the_same_bits(layout):
     got = convolution.causal_conv1d(**{name: views_of(v)[layout] for name, v in values.items()})
     np.testing.assert_array_equal(np.asarray(got[0], np.float32), want[0])
     np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_narrow_values_are_read_and_written_as_they_are(dtype):
+    values = scan_values(2, TILE + 3, WIDTH + 3, 5)
+    wide = np.zeros((2, TILE + 3, 2 * (WIDTH + 3)), dtype)
+    wide[..., ::2], wide[..., 1::2] = values["u"], values["z"]
+    narrow = values | {"u": wide[..., : WIDTH + 3], "z": wide[..., WIDTH + 3 :]}
+    same = values | {name: narrow[name].astype(np.float32) for name in ("u", "z")}
+    for length in (TILE + 3, 1):
+        cut = {n: v[:, :length] if n in ("u", "delta", "B", "C", "z") else v for n, v in narrow.items()}
+        want = scan.selective_scan(**{n: np.float32(v) for n, v in cut.items()}, delta_softplus=True)
+        got = scan.selective_scan(**cut, delta_softplus=True)
+        assert scan.arguments(**cut).u.dtype == dtype
+        np.testing.assert_array_equal(got[0], want[0].astype(dtype))
+        np.testing.assert_array_equal(got[1], want[1])
+    given, wide_given = scan.arguments(**narrow), scan.arguments(**same)
+    saved = scan.forward(given, save=True)[2]
+    for name, gradient in scan.backward(given, saved, values["z"])._asdict().items():
+        np.testing.assert_array_equal(gradient, getattr(scan.backward(wide_given, saved, values["z"]), name))
+    inputs = {name: v.astype(dtype) for name, v in conv_values(2, 70, WIDTH + 3, 4).items()}
+    want = convolution.causal_conv1d(**{name: v.astype(np.float32) for name, v in inputs.items()})
+    got = convolution.causal_conv1d(**inputs)
+    assert convolution.arguments(**inputs).x.dtype == dtype
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one, other.astype(dtype))
 
 
 def test_broadcast_arguments():

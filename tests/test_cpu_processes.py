@@ -88,16 +88,6 @@ print("same")
     assert python(code) == "same"
 
 
-def test_without_any_folder_to_keep_compiled_code_in():
-    code = f"""
-from numba.core import caching
-caching.CacheImpl._locator_classes = []
-{COMPUTE}
-print(compute())
-"""
-    assert float(python(code)) == pytest.approx(float(python(f"{COMPUTE}\nprint(compute())")), rel=1e-6)
-
-
 def test_importing_the_package_does_not_load_numba():
     code = "import sys, mambax_cpu, mambax_numpy; print('numba' in sys.modules, repr(mambax_cpu.missing()))"
     assert python(code) == "False ''"

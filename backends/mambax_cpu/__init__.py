@@ -3,8 +3,8 @@
 Importing this package loads nothing: Numba comes with :mod:`mambax_cpu.scan` and :mod:`mambax_cpu.convolution`,
 which a backend imports at its first call. They take NumPy arrays of float32, or narrower, and compute in float32.
 
-Compiled code is kept on disk, beside the package or, where that cannot be written, in Numba's cache of the user
-(``NUMBA_CACHE_DIR`` names another place).
+Compiled code is kept on disk, in the user's folder for caches (``NUMBA_CACHE_DIR`` names another place), so that
+later starts need no Numba; see :mod:`mambax_cpu.object_files`.
 """
 
 from __future__ import annotations

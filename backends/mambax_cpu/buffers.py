@@ -4,8 +4,8 @@ What a layer computes for a few hundred tokens is some megabytes. The C library 
 the system when it is freed, and the system hands it out page by page, zeroed, at the next touch: for the layers of
 a prompt that takes longer than the convolutions. So the last blocks are kept here.
 
-A block is free when nothing refers to it but its entry here: arrays that are views of it, and tensors that share it,
-count as references.
+A block is free when nothing refers to it but its entry here: arrays that are views of it count as references, and
+so do tensors that share it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ _LARGE = 1 << 20
 
 _blocks: deque[np.ndarray] = deque()  # the last one used at the end; each change is a single operation
 _COUNTS = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def narrow_room(dtype: np.dtype, *shape: int) -> np.ndarray:
+    """As :func:`room`, for values of another dtype not wider than float32."""
+    size = math.prod(shape)
+    return room(-(-size * dtype.itemsize // 4)).view(dtype)[:size].reshape(shape)
 
 
 def room(*shape: int) -> np.ndarray:

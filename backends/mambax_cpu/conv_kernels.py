@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections import namedtuple
 
-from mambax_cpu.compilation import inlined, kernel, part
+from mambax_cpu.compilation import inlined, kernel, part, spliced
+from mambax_cpu.linear_tiles import bfloat16_at, float16_at
 from mambax_cpu.memory import (
     at,
     begins,
+    element_at,
     exists,
     load_columns,
     load_some,
@@ -26,9 +28,11 @@ from mambax_cpu.memory import (
     store_some,
     zero,
 )
+from mambax_cpu.precision import read, write
 from mambax_cpu.simd import (
     integers_at,
     load,
+    multiply_add,
     pointer,
     prefetch,
     sigmoid,
@@ -45,13 +49,13 @@ DY, DX, DW, DBIAS, DINITIAL = range(6, 11)
 
 
 @inlined
-def _input(views, row, source, past, channel, lanes, spare):  # pragma: no cover
-    """Sixteen channels of an input; zero below -past."""
+def _input(kind, views, row, source, past, channel, lanes):  # pragma: no cover
+    """Sixteen channels of an input; zero below -past. `kind` is an address of the type of x."""
     if source >= 0:
-        return load_some(at(views, X, row, source), channel, lanes, spare)
+        return read(element_at(kind, views, X, row, source), channel, lanes)
     if source < -past or views[3 * INITIAL] == 0:
         return splat(0.0)
-    return load_some(at(views, INITIAL, row, past + source), channel, lanes, spare)
+    return read(element_at(kind, views, INITIAL, row, past + source), channel, lanes)
 
 
 @part
@@ -71,11 +75,29 @@ def forward(table, length, channels, width, silu, first, last, scratch):  # prag
     """Rows of time `first` to `last` - 1, of B * L. Zero where a position does not exist.
 
     Args:
-        table: the operand table up to Y.
+        table: the operand table up to Y. X, INITIAL and Y are of the kernel's precision, the others float32.
         length, channels, width: L, D, K.
         silu: whether the output goes through SiLU.
         scratch: float32, of :func:`mambax_cpu.tiles.conv_scratch`.
     """
+    _convolve(pointer(0), table, length, channels, width, silu, first, last, scratch)
+
+
+@kernel
+def forward_bfloat16(table, length, channels, width, silu, first, last, scratch):  # pragma: no cover
+    """As :func:`forward`."""
+    _convolve(bfloat16_at(0), table, length, channels, width, silu, first, last, scratch)
+
+
+@kernel
+def forward_float16(table, length, channels, width, silu, first, last, scratch):  # pragma: no cover
+    """As :func:`forward`."""
+    _convolve(float16_at(0), table, length, channels, width, silu, first, last, scratch)
+
+
+@spliced
+def _convolve(kind, table, length, channels, width, silu, first, last, scratch):  # pragma: no cover
+    """The body of the kernels; `kind` is an address of the type of x and y."""
     views, size = integers_at(table.ctypes.data), 4 * WIDTH
     blocks = (channels + WIDTH - 1) // WIDTH
     spare, weights = pointer(scratch.ctypes.data), pointer(scratch.ctypes.data + size)
@@ -96,11 +118,11 @@ def forward(table, length, channels, width, silu, first, last, scratch):  # prag
             if real:
                 value = load_vector(views, BIAS, channel, lanes, spare)
                 for k in range(width):
-                    x = _input(views, row, sources[k], width - 1, channel, lanes, spare)
-                    value = value + x * load(weights, (block * width + k) * WIDTH)
+                    x = _input(kind, views, row, sources[k], width - 1, channel, lanes)
+                    value = multiply_add(x, load(weights, (block * width + k) * WIDTH), value)
                 if silu:
                     value = value * sigmoid(value)
-            store_some(at(views, Y, row, step), channel, lanes, value, spare)
+            write(element_at(kind, views, Y, row, step), channel, value, lanes)
 
 
 # What the backward kernel works on. The window is the last K-1 inputs of the tile before, then those of a tile;
@@ -175,13 +197,13 @@ def _inner(views, silu, row, first, width, channel, lanes, w):  # pragma: no cov
         before = load_vector(views, BIAS, channel, lanes, w.spare)
         for k in range(width):
             if w.numbers[first + k] == number:
-                x = _input(views, row, w.steps[first + k], past, channel, lanes, w.spare)
+                x = _input(pointer(0), views, row, w.steps[first + k], past, channel, lanes)
                 before = before + x * load(w.weights, k * WIDTH)
         s = sigmoid(before)
         value = value * (s + before * s * (splat(1.0) - s))
     for k in range(width):
         if w.numbers[first + k] == number:
-            x = _input(views, row, w.steps[first + k], past, channel, lanes, w.spare)
+            x = _input(pointer(0), views, row, w.steps[first + k], past, channel, lanes)
             store(w.dweights, k * WIDTH, load(w.dweights, k * WIDTH) + value * x)
     return value
 

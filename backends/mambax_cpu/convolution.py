@@ -5,13 +5,13 @@ Dimensions: B batch, L length, D channels, K width of the convolution.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambax_cpu.buffers import room
+from mambax_cpu.buffers import narrow_room, room
 from mambax_cpu.compilation import KernelFile
-from mambax_cpu.operands import check_shape, flags, kernel_ready, refuse_float64, table
+from mambax_cpu.operands import check_shape, flags, kernel_of, kernel_ready, narrow_ready, refuse_float64, table
 from mambax_cpu.threads import default_threads, run
 from mambax_cpu.tiles import WIDTH, conv_backward_scratch, conv_scratch
 
@@ -24,10 +24,10 @@ _SMALL = 1 << 18
 class Arguments(NamedTuple):
     """What a convolution is given, ready for the kernels; made by :func:`arguments`."""
 
-    x: np.ndarray  # (B, L, D)
-    weight: np.ndarray  # (D, K)
-    bias: np.ndarray | None  # (D,)
-    initial_state: np.ndarray | None  # (B, K-1, D)
+    x: np.ndarray  # (B, L, D), float32 or narrower
+    weight: np.ndarray  # (D, K) float32
+    bias: np.ndarray | None  # (D,) float32
+    initial_state: np.ndarray | None  # (B, K-1, D), of the dtype of x
     silu: bool
     flags: np.ndarray | None  # (B, L) uint8, of mask or boundaries
 
@@ -81,30 +81,32 @@ def arguments(
     check_shape("causal_conv1d", "mask", mask, (batch, length))
     check_shape("causal_conv1d", "boundaries", boundaries, (batch, length))
     refuse_float64("causal_conv1d", x)
+    narrow: Any = narrow_ready(x, initial_state)
     return Arguments(
-        x=kernel_ready(x),
+        x=narrow[0],
         weight=kernel_ready(weight[:, 0]),
         bias=kernel_ready(bias),
-        initial_state=kernel_ready(initial_state),
+        initial_state=narrow[1],
         silu=activation == "silu",
         flags=kernel_ready(flags("causal_conv1d", mask, boundaries)),
     )
 
 
 def forward(given: Arguments, *, threads: int | None = None) -> np.ndarray:
-    """y (B, L, D) float32.
+    """y (B, L, D) in the dtype of ``given.x``.
 
     Args:
         given: from :func:`arguments`.
         threads: how many may work; as many as :func:`mambax_cpu.threads.default_threads` says when None.
     """
     batch, length, channels, width = given.sizes
-    y = room(batch, length, channels)
+    y = narrow_room(given.x.dtype, batch, length, channels)
     views = table([*given.rows(), y])
+    kernel = kernel_of(_kernels, "forward", given.x.dtype)
 
     def work(first: int, last: int) -> None:
         scratch = room(conv_scratch(channels, width))
-        _kernels.forward(views, length, channels, width, given.silu, first, last, scratch)
+        kernel(views, length, channels, width, given.silu, first, last, scratch)
 
     run(work, batch * length, _threads(given, threads))
     return y
@@ -120,6 +122,7 @@ def backward(given: Arguments, dy: np.ndarray, *, threads: int | None = None) ->
     """
     batch, length, channels, width = given.sizes
     check_shape("causal_conv1d", "the gradient of y", dy, (batch, length, channels))
+    given = given._replace(x=kernel_ready(given.x), initial_state=kernel_ready(given.initial_state))
     dy = kernel_ready(dy)
     dx = room(batch, length, channels)
     dweight = room(batch, channels, width)

@@ -11,23 +11,29 @@ from llvmlite import ir
 from numba import types
 
 from mambax_cpu.compilation import inlined, intrinsic, part
-from mambax_cpu.simd import WIDTH, bytes_at, floats, load, pointer, splat, store
+from mambax_cpu.simd import WIDTH, bytes_at, load, pointer, splat, store
 
 
 @intrinsic
-def at(typing_context, views, which, row, step):
-    """The address of [row, step, 0] of a float32 operand."""
+def element_at(typing_context, kind, views, which, row, step):
+    """The address of [row, step, 0] of an operand whose values are those to which `kind`, any address, points."""
 
     def generate(context, builder, signature, args):
-        views, which, row, step = args
+        _, views, which, row, step = args
         first = builder.mul(which, ir.Constant(which.type, 3))
         address, row_stride, step_stride = (
             builder.load(builder.gep(views, [builder.add(first, ir.Constant(which.type, i))])) for i in range(3)
         )
         elements = builder.add(builder.mul(row, row_stride), builder.mul(step, step_stride))
-        return builder.gep(builder.inttoptr(address, context.get_value_type(floats)), [elements])
+        return builder.gep(builder.inttoptr(address, context.get_value_type(kind)), [elements])
 
-    return floats(types.CPointer(types.int64), types.int64, types.int64, types.int64), generate
+    return kind(kind, types.CPointer(types.int64), types.int64, types.int64, types.int64), generate
+
+
+@inlined
+def at(views, which, row, step):  # pragma: no cover
+    """The address of [row, step, 0] of a float32 operand."""
+    return element_at(pointer(0), views, which, row, step)
 
 
 @inlined

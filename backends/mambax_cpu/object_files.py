@@ -18,7 +18,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -163,22 +163,22 @@ def _environment() -> tuple[str, ...]:
 
 @cache
 def sources(module: str) -> tuple[str, ...]:
-    """Names and texts of a module and of all modules of ours that it imports, as they were at the first call."""
-    return _read_sources(module)
+    """Names and texts of a module and of all modules of ours that it imports, as they were when first asked for."""
+    return _with_imports(module, _first_text)
 
 
 def unchanged(module: str) -> bool:
     """Whether :func:`sources` is what is on disk."""
-    return sources(module) == _read_sources(module)
+    return sources(module) == _with_imports(module, _text)
 
 
-def _read_sources(module: str) -> tuple[str, ...]:
+def _with_imports(module: str, read_text: Callable[[str], str]) -> tuple[str, ...]:
     texts: dict[str, str] = {}
     waiting = [module]
     while waiting:
         current = waiting.pop()
         if current not in texts:
-            texts[current] = _text(current)
+            texts[current] = read_text(current)
             waiting += _imported(texts[current])
     return tuple(part for name in sorted(texts) for part in (name, texts[name]))
 
@@ -191,11 +191,19 @@ def _text(module: str) -> str:
     return text
 
 
+_first_text = cache(_text)
+
+
+@cache
+def _is_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
 def _imported(text: str) -> Iterator[str]:
     """The modules of ours that a module imports, from within functions too."""
     for parent, names, plain in _IMPORT.findall(text):
         yield parent or plain
         if parent in ("mambax", "mambax_cpu"):
             for name in re.findall(r"(\w+)(?:\s+as\s+\w+)?\s*(?:,|$)", re.sub(r"#[^\n]*|[()]", "", names)):
-                if importlib.util.find_spec(f"{parent}.{name}") is not None:
+                if _is_module(f"{parent}.{name}"):
                     yield f"{parent}.{name}"

@@ -8,9 +8,10 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
+import ml_dtypes
 import numpy as np
 
 from mambax.scan import refuse_mask_with_boundaries
@@ -28,8 +29,27 @@ def kernel_ready(array: np.ndarray | None) -> np.ndarray | None:
     if array is None:
         return None
     dtype = np.uint8 if array.dtype == np.uint8 else np.float32
-    if array.dtype != dtype:
-        return array.astype(dtype, order="C")
+    return _in_rows(array) if array.dtype == dtype else array.astype(dtype, order="C")
+
+
+def narrow_ready(*arrays: np.ndarray | None) -> tuple[np.ndarray | None, ...]:
+    """As :func:`kernel_ready`, but bfloat16 and float16 stay what they are where all arrays are of the same."""
+    dtypes = {array.dtype for array in arrays if array is not None}
+    if len(dtypes) > 1 or not dtypes <= _NARROW.keys():
+        return tuple(kernel_ready(array) for array in arrays)
+    return tuple(None if array is None else _in_rows(array) for array in arrays)
+
+
+def kernel_of(kernels: Any, name: str, dtype: np.dtype) -> Callable[..., Any]:
+    """The kernel of this name for values of this dtype: float32, or one that :func:`narrow_ready` lets through."""
+    return getattr(kernels, name + _NARROW.get(dtype, ""))
+
+
+_NARROW = {np.dtype(ml_dtypes.bfloat16): "_bfloat16", np.dtype(np.float16): "_float16"}
+
+
+def _in_rows(array: np.ndarray) -> np.ndarray:
+    """The array, aligned and with a contiguous last axis; a copy only where it has to be."""
     size = array.itemsize
     flags = array.flags
     if flags.c_contiguous and flags.aligned:

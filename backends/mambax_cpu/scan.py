@@ -5,13 +5,13 @@ Dimensions: B batch, L length, D channels, N d_state.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambax_cpu.buffers import room
+from mambax_cpu.buffers import narrow_room, room
 from mambax_cpu.compilation import KernelFile
-from mambax_cpu.operands import check_shape, flags, kernel_ready, refuse_float64, table
+from mambax_cpu.operands import check_shape, flags, kernel_of, kernel_ready, narrow_ready, refuse_float64, table
 from mambax_cpu.threads import default_threads, run
 from mambax_cpu.tiles import SCAN_GROUP, SCAN_TILE, WIDTH, scan_backward_scratch, scan_scratch
 
@@ -24,13 +24,13 @@ _SMALL = 1 << 18
 class Arguments(NamedTuple):
     """What a scan is given, ready for the kernels; made by :func:`arguments`."""
 
-    u: np.ndarray  # (B, L, D)
-    delta: np.ndarray  # (B, L, D)
+    u: np.ndarray  # (B, L, D), float32 or narrower
+    delta: np.ndarray  # (B, L, D), float32 as what follows
     A: np.ndarray  # (D, N)
     B: np.ndarray  # (B, L, N)
     C: np.ndarray  # (B, L, N)
     D: np.ndarray | None  # (D,)
-    z: np.ndarray | None  # (B, L, D)
+    z: np.ndarray | None  # (B, L, D), of the dtype of u
     delta_bias: np.ndarray | None  # (D,)
     delta_softplus: bool
     initial_state: np.ndarray | None  # (B, D, N)
@@ -105,14 +105,15 @@ def arguments(
     if mask is not None:  # the kernels read B and C at every step, and zero times what stands there must be zero
         mask = np.asarray(mask, np.bool_)
         B, C = (np.where(mask[..., None], array, array.dtype.type(0)) for array in (B, C))
+    narrow: Any = narrow_ready(u, z)
     return Arguments(
-        u=kernel_ready(u),
+        u=narrow[0],
         delta=kernel_ready(delta),
         A=kernel_ready(A),
         B=kernel_ready(B),
         C=kernel_ready(C),
         D=kernel_ready(D),
-        z=kernel_ready(z),
+        z=narrow[1],
         delta_bias=kernel_ready(delta_bias),
         delta_softplus=delta_softplus,
         initial_state=kernel_ready(initial_state),
@@ -136,18 +137,19 @@ def forward(
         threads: how many may work; as many as :func:`mambax_cpu.threads.default_threads` says when None.
 
     Returns:
-        y (B, L, D), the final state (B, D, N), both float32, and the saved states or None.
+        y (B, L, D) in the dtype of ``given.u``, the final state (B, D, N) float32, and the saved states or None.
     """
     batch, length, channels, states = given.sizes
     blocks = -(-channels // WIDTH)
     saved = room(*saved_shape(*given.sizes)) if save else None
-    y = room(batch, length, channels)
+    y = narrow_room(given.u.dtype, batch, length, channels)
     final = room(batch, channels, states)
     views = table([*given.rows(saved), y, final])
+    kernel = kernel_of(_forward, "forward", given.u.dtype)
 
     def work(first: int, last: int) -> None:
         scratch = room(scan_scratch(states))
-        _forward.forward(views, length, channels, states, given.delta_softplus, first, last, scratch)
+        kernel(views, length, channels, states, given.delta_softplus, first, last, scratch)
 
     run(work, batch * blocks, _threads(given, threads))
     return y, final, saved
@@ -183,6 +185,7 @@ def backward(
     check_shape("selective_scan", "saved", saved, saved_shape(*given.sizes))
     check_shape("selective_scan", "the gradient of y", dy, (batch, length, channels))
     check_shape("selective_scan", "the gradient of the final state", dfinal, (batch, channels, states))
+    given = given._replace(u=kernel_ready(given.u), z=kernel_ready(given.z))
     dy, dfinal = kernel_ready(dy), kernel_ready(dfinal)
     du, ddelta = (room(batch, length, channels) for _ in range(2))
     dz = None if given.z is None else room(batch, length, channels)

@@ -126,7 +126,8 @@ def backward(table, length, channels, states, use_softplus, first, last, scratch
                 place = (row * ((channels + WIDTH - 1) // WIDTH) + group * GROUP + block) * tiles + number
                 saved = pointer(views[3 * SAVED] + size * states * place)
                 sums = pointer(base + part * block + size * 3 * states)
-                prepare(views, use_softplus, row, start, steps, channel, width, tile.dt, tile.x, -TILE, spare)
+                dt, x, kind = tile.dt, tile.x, pointer(0)
+                prepare(kind, views, use_softplus, row, start, steps, channel, width, dt, x, -TILE, spare)
                 _gate(views, row, start, steps, channel, width, tile, sums, spare)
                 high = steps
                 while high > 0:  # one sequence after another, the last first

@@ -103,7 +103,7 @@ def prefetch(typing_context: Any, base: Any, index: Any) -> Any:
         builder.call(function, [builder.bitcast(builder.gep(args[0], [args[1]]), byte), read, keep, data])
         return context.get_dummy_value()
 
-    return types.void(floats, types.int64), generate
+    return types.void(base, types.int64), generate
 
 
 @intrinsic

@@ -51,7 +51,7 @@ def product(x: np.ndarray, matrix: Packed) -> np.ndarray:
 
 def packed(weight: mx.array, scales: mx.array, biases: mx.array, bits: int) -> Packed:
     """The arrays of MLX, in the same memory where their dtype allows it."""
-    return Packed(values(weight), *(values(part.astype(mx.float32)) for part in (scales, biases)), bits)
+    return Packed(values(weight), values(scales.astype(mx.float32)), values(biases.astype(mx.float32)), bits)
 
 
 class AffineLinear(Module):

@@ -1,8 +1,8 @@
 """One token through a stack of Mamba-1 blocks on the CPU, where no gradient is wanted: all of it in NumPy.
 
-Between two operations MLX hands work to its own thread and waits for it, which for one token takes longer than many
-of the operations. So the blocks are NumPy's, over the memory of MLX's weights: its fused step of the whole stack for
-weights of floats, its blocks one after another for quantised ones.
+Between two operations MLX hands work to its own thread and waits for it, which for one token takes longer than
+many of the operations. So the blocks are NumPy's, over the memory of MLX's weights: its fused step of the whole
+stack for weights of floats, its blocks one after another for quantised ones.
 
 Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
 """
@@ -20,6 +20,9 @@ from mambax.layer_states import LayerState
 from mambax_mlx import cpu_affine, host, products
 from mambax_mlx.layers import QuantizedLinear
 from mambax_mlx.walking import same, walk
+
+_OWN = ("mambax_mlx.layers", "mambax_mlx.models")
+"""Where the definitions are that NumPy's blocks repeat."""
 
 
 class _Twin(NamedTuple):
@@ -47,7 +50,7 @@ class _Twin(NamedTuple):
 def cpu_step(
     layers: Sequence[Any], hidden: mx.array, states: Sequence[Any]
 ) -> tuple[mx.array, tuple[Any, ...]] | None:
-    """hidden (B, 1, M) through the blocks; None where a gradient may be wanted, or they are not all plain Mamba-1."""
+    """hidden (B, 1, M) through the blocks; None where a gradient may be wanted or not all are plain Mamba-1."""
     if not (host.no_gradients() and products.by_numpy()):
         return None
     if not host.computable(hidden, *(array for state in states for array in state)):
@@ -100,7 +103,7 @@ def _is_plain(layer: Any) -> bool:
     quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
     return (
         layer.mixer.config.scan in ("auto", "cpu")
-        and all(type(module).__module__.startswith("mambax_mlx.") for module in modules)
+        and all(type(module).__module__ in _OWN for module in modules)
         and all(module.mode == "affine" and module.bits in cpu_affine.BITS for module in quantized)
     )
 
@@ -116,8 +119,9 @@ def _block(layer: Any) -> Any:
         if isinstance(part, mx.array):
             setattr(block.mixer, name, host.values(part))
         elif isinstance(part, QuantizedLinear):
-            matrix = cpu_affine.packed(part.weight, part.scales, part.biases, part.bits)
-            bias = part.get("bias")
+            bias, biases = part.get("bias"), part.biases
+            assert biases is not None  # which affine packing always has
+            matrix = cpu_affine.packed(part.weight, part.scales, biases, part.bits)
             linear = cpu_affine.AffineLinear(matrix, None if bias is None else host.values(bias))
             setattr(block.mixer, name, linear)
         else:

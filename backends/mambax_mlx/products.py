@@ -12,8 +12,12 @@ import sys
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mambax_mlx.host import computable, default_device, values
+
+_SMALL = 1 << 15
+"""Weights below which a product is too short for a choice of implementation to matter."""
 
 
 def by_numpy() -> bool:
@@ -33,10 +37,11 @@ def _multiply(x: mx.array, weight: mx.array) -> mx.array:
 
     dtype = mx.result_type(x, weight)
     wide = values(x.astype(mx.float32))
-    if weight.dtype != mx.float32 or 1 < math.prod(x.shape[:-1]) <= linear.FEW_ROWS:
-        y = linear.linear(wide, values(weight))
-    else:
-        y = wide @ values(weight).T
+    matrix = values(weight)
+    if matrix.flags.c_contiguous and (matrix.dtype != np.float32 or matrix.size >= _SMALL):
+        y = linear.linear(wide, matrix)
+    else:  # in the gradient, the matrix is a transposed one, which those kernels would copy first
+        y = wide @ matrix.T.astype(np.float32, copy=False)
     return mx.array(y).astype(dtype)
 
 

@@ -23,6 +23,7 @@ from mambax.training.config import TrainingConfig
 from mambax.training.engine import Part
 from mambax.training.matching import check_arrays
 from mambax.training.process_memory import peak_resident_bytes
+from mambax.training.weights import is_saved, write_weights
 from mambax_mlx import ops
 from mambax_mlx.module import parameters
 
@@ -50,6 +51,7 @@ class Engine:
         self.model = model
         self.weights = trainable(model)
         self.gradients: Flat = {}
+        self.kinds: list[Any] = []  # of the states of the layers, which gradients return as bare tuples
         self.precision = config.precision
         model.backbone.gradient_checkpointing = config.gradient_checkpointing
         names = frozenset(self.weights)
@@ -59,7 +61,7 @@ class Engine:
             if group
         ]
 
-    def accumulate(self, batch: Batch, divisor: float, state: InferenceParams | None) -> Part:
+    def accumulate(self, batch: Batch, divisor: float, state: InferenceParams | None, *, last: bool = True) -> Part:
         """Add the gradients of a part of the batch."""
         self.model.train()
         run = mx.value_and_grad(lambda weights: self._run(weights, batch, divisor, state))
@@ -86,13 +88,14 @@ class Engine:
         self._hold(weights)
         output = self.model(**batch.arguments(), state=state, num_items_in_batch=divisor)
         after = output.state.detach()
+        self.kinds = [type(layer) for layer in after.layers]
         return output.loss, (output.accuracy, after.layers, after.tokens_seen)
 
     def _part(self, found: Any, gradients: Flat) -> Part:
         loss, (accuracy, layers, seen) = found
         mx.eval(loss, accuracy, layers, seen, gradients)
-        layer_cls = type(self.model.backbone.layers[0].mixer.init_state(1))
-        state = self.model.nn.InferenceParams(tuple(layer_cls(*layer) for layer in layers), seen)
+        named = tuple(kind(*layer) for kind, layer in zip(self.kinds, layers, strict=True))
+        state = self.model.nn.InferenceParams(named, seen)
         return Part(loss.item(), math.nan if accuracy is None else accuracy.item(), state)
 
     def _hold(self, weights: Flat) -> None:
@@ -137,7 +140,7 @@ class Engine:
 
     def restore(self, weights: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
         """Take weights and moments back."""
-        held = parameters(self.model)
+        held = {name: array for name, array in parameters(self.model).items() if is_saved(self.model, name)}
         check_arrays({name: tuple(array.shape) for name, array in held.items()}, weights, "weights")
         steps = int(arrays.get("step", np.array(0)))
         moments = {
@@ -163,8 +166,8 @@ class Engine:
         mx.eval(self.weights)
 
     def save_model(self, folder: Path) -> None:
-        """Write the model in Hugging Face layout."""
-        self.model.save_pretrained(folder)
+        """Write the model in Hugging Face layout; of one with adapters, those alone."""
+        write_weights(self.model, folder)
 
     def memory(self) -> int | None:
         """The highest number of bytes that MLX held on a GPU; of the process on the CPU."""

@@ -44,6 +44,7 @@ class _Examined:
         stack: for the kernels; None where the blocks have to be called one by one.
         narrow: dtype of the small weights and the convolution's state.
         wide: whether the residual stream is float32 whatever it is given as.
+        forwards: what calling a layer of each class ran.
         arrays: what the addresses in the stack lead to.
         latest: the states that a step gave last, which are not kept alive, and where they lie.
     """
@@ -53,8 +54,14 @@ class _Examined:
     stack: Stack | None
     narrow: np.dtype
     wide: bool
+    forwards: list[Any]
     arrays: list[np.ndarray]
     latest: tuple[list[ReferenceType[np.ndarray]], States | None] = ([], None)
+
+    def holds(self, layers: Sequence[Any]) -> bool:
+        """Whether the stack still is that."""
+        same = self.stamp is module.stamp() and self.layers == list(map(id, layers))
+        return same and all(map(is_, self.forwards, _forwards()))
 
 
 def decode_step(
@@ -120,15 +127,22 @@ def _places(arrays: np.ndarray) -> np.ndarray:
 def _examine(layers: Sequence[Any]) -> _Examined:
     """What a stack is, from the first time if nothing has changed."""
     found = module.examined.get(layers[0])
-    if found is not None and found.stamp is module.stamp() and found.layers == list(map(id, layers)):
+    if found is not None and found.holds(layers):
         return found
     stamp, arrays = module.stamp(), []
     stack = _stack(layers, arrays)
     narrow = layers[0].norm.weight.dtype if stack is not None else _FLOAT32
     wide = stack is not None and layers[0].residual_in_fp32
-    found = _Examined(stamp, list(map(id, layers)), stack, narrow, wide, arrays)
+    found = _Examined(stamp, list(map(id, layers)), stack, narrow, wide, _forwards(), arrays)
     module.examined[layers[0]] = found
     return found
+
+
+def _forwards() -> list[Any]:
+    from mambax_numpy.models import Block, MambaMixer
+
+    classes = Block, MambaMixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear
+    return [cls.forward for cls in classes]
 
 
 def _stack(layers: Sequence[Any], arrays: list[np.ndarray]) -> Stack | None:

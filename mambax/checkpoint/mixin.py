@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from mambax.backend import Backend
 from mambax.checkpoint.mapping import Mappings
+from mambax.lora import Lora
 from mambax.state import InferenceParams
 
 
@@ -19,6 +20,8 @@ class CheckpointMixin:
     backbone: Any
     mappings = Mappings()
     """The files whose weights the model uses in place; set by :func:`mambax.load`."""
+    adapter: Lora | None = None
+    """What the low-rank adapters of the model have in common; None without any. See :mod:`mambax.adapters`."""
 
     def save_pretrained(
         self,

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mambax.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from mambax.checkpoint.json_files import dump_object, read_object
 from mambax.checkpoint.safetensors_files import SafetensorsFile, write_safetensors
 from mambax.checkpoint.sources import open_source
@@ -105,7 +106,10 @@ class Checkpoints:
             info = read_object(path / INFO)
             if {key: info.get(key) for key in _FORMAT} != _FORMAT:
                 raise ValueError(f"{path / INFO}: expected {_FORMAT}")
-            weights = {name: file.read(name) for name, file in open_weights(open_source(path)).items()}
+            adapter = path / ADAPTER_WEIGHTS
+            files: Any = SafetensorsFile(adapter) if adapter.is_file() else None
+            files = open_weights(open_source(path)) if files is None else dict.fromkeys(files.tensors, files)
+            weights = {name: file.read(name) for name, file in files.items()}
             optimizer = SafetensorsFile(path / OPTIMIZER)
             arrays = {name: optimizer.read(name) for name in optimizer.tensors}
         except (ValueError, OSError) as error:

@@ -42,8 +42,11 @@ class Engine(Protocol):
     process: int  # the number of this process, from 0
     processes: int
 
-    def accumulate(self, batch: Batch, divisor: float, state: InferenceParams | None) -> Part:
-        """Add the gradients of the summed loss over ``divisor`` to those held."""
+    def accumulate(self, batch: Batch, divisor: float, state: InferenceParams | None, *, last: bool = True) -> Part:
+        """Add the gradients of the summed loss over ``divisor`` to those held.
+
+        ``last`` is for the last part of a batch in this process, whose gradients may already be added up over all.
+        """
         ...
 
     def evaluate(self, batch: Batch, divisor: float, state: InferenceParams | None) -> Part:
@@ -100,14 +103,18 @@ def make_engine(model: Any, config: TrainingConfig) -> Engine:
             f"the {nn.name} backend has no gradients, so that it cannot train; use backend='torch' or 'mlx'"
         )
     parameters = nn.parameters(model)
+    training = importlib.import_module(name)
+    trained = training.trainable(model)
     for path, array in parameters.items():
-        if array.dtype != nn.float32:
+        if (model.adapter is None or path in trained) and array.dtype != nn.float32:
             raise ValueError(
                 f"{path} is {array.dtype}; weights are trained in float32: load the model with dtype='float32' "
                 "and, to compute in bfloat16, train with precision='bfloat16'"
             )
-    training = importlib.import_module(name)
-    shapes = {path: tuple(array.shape) for path, array in training.trainable(model).items()}
+    shapes = {path: tuple(array.shape) for path, array in trained.items()}
     if not shapes:
         raise ValueError("the model has no trainable parameters; is everything frozen?")
+    distributed = f"{nn.__name__}.distributed"
+    if importlib.util.find_spec(distributed) is not None:
+        training = importlib.import_module(distributed).engine_module()
     return training.Engine(model, config, decayed_names(shapes, config.no_decay))

@@ -22,11 +22,12 @@ from mambax.training.engine import make_engine
 from mambax.training.evaluation import Evaluation, continued, evaluate, known
 from mambax.training.interrupts import Interrupts
 from mambax.training.logs import Log
+from mambax.training.weights import by_path, copy_adapter
 
 Observer = Callable[[str, Mapping[str, Any]], None]
 """Called with what happened ("start", "step", "evaluation", "checkpoint", "note", "end") and its numbers."""
 
-MODEL, CHECKPOINTS = "model", "checkpoints"
+MODEL, ADAPTER, CHECKPOINTS = "model", "adapter", "checkpoints"
 
 
 class NotFinite(ArithmeticError):
@@ -43,7 +44,8 @@ class Summary:
         evaluation: the last one; None without validation data.
         best, best_step: the evaluation with the lowest loss, and when it was; None without any.
         checkpoint: the last one.
-        model: the model of the best step (the last one without evaluation); None when interrupted.
+        model: the model of the best step (the last one without evaluation), or the adapters of one that has
+            adapters; None when interrupted.
     """
 
     step: int
@@ -148,7 +150,7 @@ class Trainer:
         loss = right = 0.0
         for i, start in enumerate(range(0, batch.rows, size)):
             rows = batch.part(start, min(start + size, batch.rows))
-            part = engine.accumulate(rows, items, self._state(i, rows))
+            part = engine.accumulate(rows, items, self._state(i, rows), last=start + size >= batch.rows)
             if not math.isfinite(part.loss):
                 self._refuse("the loss", part.loss, first + start, rows)
             if self.data.carries_state:
@@ -252,6 +254,8 @@ class Trainer:
         from mambax.checkpoint import load
 
         best = last if self.best is None else self.checkpoints.path(self.best[0])
+        if self.model.adapter is not None:
+            return copy_adapter(best, self.run / ADAPTER)
         load(best, backend="numpy", dtype="float32").save_pretrained(self.run / MODEL)
         return self.run / MODEL
 
@@ -272,7 +276,7 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         saved = self.checkpoints.read(path)
         self._check_same(saved.info, path)
-        self.engine.restore(saved.weights, saved.arrays)
+        self.engine.restore(by_path(self.model, saved.weights), saved.arrays)
         self._states = {i: self.model.load_state(state) for i, state in enumerate(saved.states)}
         info = saved.info
         self.step, self.tokens, self.seconds = info["step"], info["tokens"], info["seconds"]
