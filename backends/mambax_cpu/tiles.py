@@ -70,6 +70,7 @@ def product_scratch(group: int, inner: int) -> int:
     """For strips in groups of that many, and K."""
     return WIDTH + EDGE + group * STRIP * (1 + min(BLOCK, inner))
 
+
 # --- RMSNorm -------------------------------------------------------------------------------------------------
 
 NORM_ROWS = 64

@@ -53,12 +53,12 @@ class Engine(training.Engine):
             dist.init_process_group("nccl" if on_gpu else "gloo")
         self.process, self.processes = dist.get_rank(), dist.get_world_size()
         if self.batch_size < self.processes:
-            raise ValueError(f"batch_size is {self.batch_size}; expected at least a row for each process, {self.processes}")
+            raise ValueError(
+                f"batch_size is {self.batch_size}; expected at least a row for each process, {self.processes}"
+            )
         return DistributedDataParallel(model)
 
-    def accumulate(
-        self, batch: Batch, divisor: float, state: InferenceParams | None, *, last: bool = True
-    ) -> Part:
+    def accumulate(self, batch: Batch, divisor: float, state: InferenceParams | None, *, last: bool = True) -> Part:
         """Add the gradients of a part of the rows of this process."""
         with nullcontext() if last else self.module.no_sync():
             # DistributedDataParallel divides by the number of processes

@@ -2,7 +2,7 @@
 
 Each is a checkpoint in Hugging Face layout, which :func:`mambax.load` and transformers open, with what training
 needs beside it: ``optimizer.safetensors`` (moments and random states), ``state-<i>.safetensors`` (the recurrent
-state of each part of a batch, where it is carried on) and ``training.json``. It is written beside its place,
+state of each part of a batch, where it is carried on; ``state-<process>-<i>`` of other processes) and ``training.json``. It is written beside its place,
 flushed to the disk and renamed, so that a process killed at any moment leaves the one before.
 """
 
@@ -77,27 +77,31 @@ class Checkpoints:
             OSError: when it cannot be written. Those that are there stay as they are in either case.
         """
         target = self.path(step)
-        if target.exists():
+        token = secrets.token_hex(4) if engine.processes == 1 else "0" * 8  # one folder for all processes
+        staging = self.folder / f".{target.name}.{token}.tmp"
+        if engine.process:
+            _write_states(staging, engine, states)
+            _wait(engine)
             return target
-        staging = self.folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
         try:
+            shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
+            _write_states(staging, engine, states)
             engine.save_model(staging)
             arrays = engine.arrays()
             infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays.items()}
             write_safetensors(staging / OPTIMIZER, infos, lambda name: arrays[name], {})
-            for i, state in enumerate(states):
-                state.save(staging / f"state-{i}.safetensors")
             (staging / INFO).write_bytes(dump_object(_FORMAT | {"step": step, "states": len(states)} | info))
             _flush(staging)
             staging.replace(target)
             _flush_folder(self.folder)
+            _wait(engine)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return target
 
-    def read(self, path: Path) -> Saved:
-        """Read a checkpoint into memory.
+    def read(self, path: Path, process: int = 0) -> Saved:
+        """Read a checkpoint into memory, and where the states of a process are.
 
         Raises:
             ValueError: when it is damaged, saying how to go back to another one.
@@ -116,7 +120,8 @@ class Checkpoints:
             raise ValueError(
                 f"{path}: this checkpoint cannot be read: {error}. To go on from the one before, delete this folder"
             ) from error
-        return Saved(info, weights, arrays, tuple(path / f"state-{i}.safetensors" for i in range(info["states"])))
+        count = info["states"] if process == 0 else len(list(path.glob(f"state-{process}-*.safetensors")))
+        return Saved(info, weights, arrays, tuple(path / _state_file(process, i) for i in range(count)))
 
     def prune(self, keep: set[int]) -> None:
         """Delete all but some, and what killed processes left behind."""
@@ -128,6 +133,24 @@ class Checkpoints:
         for path in self.folder.glob(".step-*"):
             if _STAGING.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _state_file(process: int, part: int) -> str:
+    return f"state-{process}-{part}.safetensors" if process else f"state-{part}.safetensors"
+
+
+def _write_states(staging: Path, engine: Engine, states: Sequence[InferenceParams]) -> None:
+    """The states of each process into the folder that process 0 has made; returns when all of them are there."""
+    _wait(engine)
+    for i, state in enumerate(states):
+        state.save(staging / _state_file(engine.process, i))
+    _wait(engine)
+
+
+def _wait(engine: Engine) -> None:
+    """For all processes to come here."""
+    if engine.processes > 1:
+        engine.sum_over_processes([0.0])
 
 
 def _flush(folder: Path) -> None:

@@ -96,7 +96,7 @@ class Trainer:
         self.seconds = 0.0
         self.best: tuple[int, Evaluation] | None = None
         self.evaluation: Evaluation | None = None
-        self._evaluated_at = -1
+        self._evaluated_at = self._saved_at = -1
         self._states: dict[int, InferenceParams] = {}  # of each part of a batch, where they are carried on
         self._schedule = config.make_schedule()
         self._log: Log | None = None
@@ -125,7 +125,7 @@ class Trainer:
         before = self.seconds
         try:
             with Interrupts() as interrupts:
-                while self.step < self.config.steps and not interrupts.asked:
+                while self.step < self.config.steps and not self._asked(interrupts):
                     record = self._one_step()
                     spent = time.perf_counter() - began
                     self.seconds = before + spent
@@ -139,6 +139,12 @@ class Trainer:
             self._tell("end", {"step": self.step})
             if self._log is not None:
                 self._log.close()
+
+    def _asked(self, interrupts: Interrupts) -> bool:
+        """Whether any process was asked to stop."""
+        if self.engine.processes == 1:
+            return interrupts.asked
+        return self.engine.sum_over_processes([float(interrupts.asked)])[0] > 0
 
     def _one_step(self) -> dict[str, Any]:
         """Gradients of all parts of the batch, and an update."""
@@ -223,6 +229,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "data": self.data.fingerprint(),
             "backend": self.model.nn.name,
+            "processes": self.engine.processes,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "best": None if self.best is None else {"step": self.best[0], **vars(self.best[1])},
@@ -231,7 +238,8 @@ class Trainer:
             else {"step": self._evaluated_at, **vars(self.evaluation)},
         }
         path = self.checkpoints.path(self.step)
-        if not path.exists():
+        if self._saved_at != self.step:
+            self._saved_at = self.step
             path = self.checkpoints.write(self.step, self.engine, list(self._states.values()), info)
             self._tell("checkpoint", {"step": self.step, "path": str(path)})
         if self.engine.process == 0:
@@ -243,7 +251,7 @@ class Trainer:
         if done:
             self._evaluate()
         path = self._save()
-        model = self._write_model(path) if done and self.engine.process == 0 else None
+        model = self._write_model(path) if done else None
         if done and self.engine.process == 0:
             self._tell("note", {"text": curve.draw(self.run)})
         best_step, best = self.best or (None, None)
@@ -254,10 +262,14 @@ class Trainer:
         from mambax.checkpoint import load
 
         best = last if self.best is None else self.checkpoints.path(self.best[0])
-        if self.model.adapter is not None:
-            return copy_adapter(best, self.run / ADAPTER)
-        load(best, backend="numpy", dtype="float32").save_pretrained(self.run / MODEL)
-        return self.run / MODEL
+        adapted = self.model.adapter is not None
+        target = self.run / (ADAPTER if adapted else MODEL)
+        if self.engine.process == 0 and adapted:
+            copy_adapter(best, target)
+        elif self.engine.process == 0:
+            load(best, backend="numpy", dtype="float32").save_pretrained(target)
+        self.engine.sum_over_processes([0.0])  # until it is there
+        return target
 
     # --- resuming --------------------------------------------------------------------------------------------
 
@@ -274,16 +286,18 @@ class Trainer:
             self._resume(last)
 
     def _resume(self, path: Path) -> None:
-        saved = self.checkpoints.read(path)
+        saved = self.checkpoints.read(path, self.engine.process)
         self._check_same(saved.info, path)
         self.engine.restore(by_path(self.model, saved.weights), saved.arrays)
         self._states = {i: self.model.load_state(state) for i, state in enumerate(saved.states)}
         info = saved.info
         self.step, self.tokens, self.seconds = info["step"], info["tokens"], info["seconds"]
+        self._saved_at = self.step
         self.best = _evaluation(info["best"])
         self._evaluated_at, self.evaluation = _evaluation(info["evaluation"]) or (-1, None)
-        keep = {self.step} | ({self.best[0]} if self.best else set())
-        self.checkpoints.prune(keep)
+        self.engine.sum_over_processes([0.0])  # until all have read it
+        if self.engine.process == 0:
+            self.checkpoints.prune({self.step} | ({self.best[0]} if self.best else set()))
 
     def _check_same(self, info: Mapping[str, Any], path: Path) -> None:
         old, new = info["config"], self.config.to_dict()
@@ -297,6 +311,9 @@ class Trainer:
             different.append(f"data: {info['data']!r} in the checkpoint, {self.data.fingerprint()!r} now")
         if info["backend"] != self.model.nn.name:
             different.append(f"backend: {info['backend']!r} in the checkpoint, {self.model.nn.name!r} now")
+        before, now = info.get("processes", 1), self.engine.processes
+        if self.data.carries_state and before != now:
+            different.append(f"processes: {before} in the checkpoint, {now} now, and their rows carry states")
         if different:
             raise ValueError(
                 f"{path}: not resumed, because the run would not be the same one:\n  "
