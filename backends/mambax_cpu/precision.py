@@ -31,7 +31,8 @@ def _load(typing_context: Any, base: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emitter(builder)
-        return emit.widened(emit.load(*args, STORED[element]), element)
+        base, index = args
+        return emit.widened(emit.load(base, index, STORED[element]), element)
 
     return lanes(base, types.int64), generate
 

@@ -76,9 +76,7 @@ class Linear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         bias = self.bias
-        # Autocast would round a float32 bias, and with it delta, which is as sensitive as the state.
-        rounded = bias is not None and bias.dtype == torch.float32 and torch.is_autocast_enabled(input.device.type)
-        if bias is None or (bias.dtype == self.weight.dtype and not rounded):
+        if bias is None or bias.dtype == self.weight.dtype:
             return _linear(input, self.weight, bias)
         return _linear(input, self.weight, None).to(bias.dtype) + bias
 

@@ -51,9 +51,9 @@ def save_pretrained(
         OSError: when a file cannot be written.
     """
     target = Path(folder).expanduser()
-    model.mappings.check()
     parameters = model.nn.parameters(model)
     described = _describe(model)
+    model.mappings.check()
     described = dataclasses.replace(described, quantization=_quantization(parameters, described))
     checked = _check_parameters(model, parameters, described)
     packed = packed_dtypes(described)

@@ -1,8 +1,9 @@
 """Checkpoints of a run: folders ``step-00000200`` that appear complete or not at all.
 
-Each is a checkpoint in Hugging Face layout, which :func:`mambax.load` and transformers open, with what training
-needs beside it: ``optimizer.safetensors`` (moments and random states), ``state-<i>.safetensors`` (the recurrent
-state of each part of a batch, where it is carried on; ``state-<process>-<i>`` of other processes) and ``training.json``. It is written beside its place,
+Each is a checkpoint in Hugging Face layout, which :func:`mambax.load` and transformers open (of a model with
+adapters, those alone, in PEFT's layout), with what training needs beside it: ``optimizer.safetensors`` (moments and
+random states), ``state-<i>.safetensors`` (the recurrent state of each part of a batch, where it is carried on;
+``state-<process>-<i>.safetensors`` of further processes) and ``training.json``. It is written beside its place,
 flushed to the disk and renamed, so that a process killed at any moment leaves the one before.
 """
 
