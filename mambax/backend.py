@@ -231,9 +231,9 @@ class Backend(Ops, Protocol):
     ) -> tuple[Array, tuple[Any, ...]] | None: ...
 
     # One token through a stack of blocks at once: hidden (B, 1, M) and the states of the blocks, to hidden
-    # (B, 1, M) and the states after. The same, within rounding, as calling one block after the other, which is what the
-    # caller does for None: where nothing is gained, and where anything in the stack is not what mambax makes
-    # (another mixer, a hook, a gradient that is wanted, ...). The states may share one piece of memory.
+    # (B, 1, M) and the states after. The same, within rounding, as calling one block after the other, which is
+    # what the caller does for None: where nothing is gained, and where anything in the stack is not what mambax
+    # makes (another mixer, a hook, a gradient that is wanted, ...). The states may share one piece of memory.
 
     # --- gradients in less memory ----------------------------------------------------------------------------
 
