@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mambax.quantization import BLOCK, WORDS
+from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 
 FEW_ROWS = 64
 """Rows up to which the kernels read the stored weights; above, widening them once is spread over enough rows."""
@@ -34,7 +35,6 @@ def dequantized(weight: Tensor, scales: Tensor, inputs: int) -> Tensor:
 
 def _few(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
     """x (M, I) to (M, O) by the kernels."""
-    import triton
 
     from mambax_torch.kernels import step_quantized_kernels
     from mambax_torch.kernels.devices import interpreted, on_device_of
@@ -46,8 +46,8 @@ def _few(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, inputs:
     y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    block_m, block_o = max(16, triton.next_power_of_2(min(rows, FEW_ROWS))), 32
-    grid = (triton.cdiv(outputs, block_o), triton.cdiv(rows, block_m))
+    block_m, block_o = max(16, next_power_of_2(min(rows, FEW_ROWS))), 32
+    grid = (cdiv(outputs, block_o), cdiv(rows, block_m))
     options = {
         "HAS_BIAS": bias is not None,
         "BLOCK_M": block_m,

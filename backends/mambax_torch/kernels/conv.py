@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from mambax.scan import refuse_mask_with_boundaries
@@ -16,6 +15,7 @@ from mambax_torch.conv_ops import last_inputs
 from mambax_torch.cpu_ops import may_call_directly
 from mambax_torch.kernels import conv_kernels
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.kernels.step import conv_step
 
 KERNELS: Any = conv_kernels  # in whose signatures pyright does not see that numbers may be constants
@@ -93,8 +93,8 @@ def _forward(
         return y
     tables = _tables(mask, boundaries, weight.shape[2] - 1, backward=False)
     pointers, switches = _operands(x, weight, bias, initial_state, tables)
-    block = min(BLOCK_D, triton.next_power_of_2(channels))
-    tiles, blocks = triton.cdiv(length, BLOCK_T), triton.cdiv(channels, block)
+    block = min(BLOCK_D, next_power_of_2(channels))
+    tiles, blocks = cdiv(length, BLOCK_T), cdiv(channels, block)
     with on_device_of(x):
         KERNELS.forward_kernel[(batch * tiles * blocks,)](
             x, *pointers, y, *x.stride(), *_strides(initial_state), length, channels, tiles, blocks,
@@ -128,20 +128,20 @@ def _gradients(
     silu = activation == "silu"
     tables = _tables(mask, boundaries, width - 1, backward=True)
     pointers, switches = _operands(x, weight, bias, initial_state, tables)
-    block = min(BLOCK_D, triton.next_power_of_2(channels))
-    tiles, blocks = triton.cdiv(length, BLOCK_T), triton.cdiv(channels, block)
+    block = min(BLOCK_D, next_power_of_2(channels))
+    tiles, blocks = cdiv(length, BLOCK_T), cdiv(channels, block)
     each = max(1, batch * tiles * blocks // PROGRAMS)  # tiles of a program
-    chunks = triton.cdiv(tiles, each)
+    chunks = cdiv(tiles, each)
     g = x.new_empty(batch, length, channels) if silu else dy
     partials = x.new_empty((batch * chunks, width + 1, channels), dtype=torch.float32)
     dx = _room(x, x)
     dinitial = _room(x, initial_state)
     shape = {"BLOCK_T": BLOCK_T, "BLOCK_D": block, "num_warps": WARPS}
-    rows = triton.cdiv(length + (width - 1) * switches["HAS_INITIAL"], BLOCK_T)
+    rows = cdiv(length + (width - 1) * switches["HAS_INITIAL"], BLOCK_T)
     with on_device_of(x):
         KERNELS.weight_gradient_kernel[(batch * chunks * blocks,)](
             dy, x, *pointers, g, partials, *dy.stride(), *x.stride(), *_strides(initial_state), length, channels,
-            chunks, blocks, each, **switches, ROWS=triton.next_power_of_2(width + 1), SILU=silu, **shape,
+            chunks, blocks, each, **switches, ROWS=next_power_of_2(width + 1), SILU=silu, **shape,
         )  # fmt: skip
         del switches["HAS_BIAS"]
         weight, *_, numbers = pointers

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mambax_torch.cpu_ops import may_call_directly
 from mambax_torch.kernels import norm_kernels
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 
 KERNELS: Any = norm_kernels  # in whose signatures pyright does not see that numbers may be constants
 
@@ -46,7 +46,7 @@ def _forward(
         return y, stream, inverse
     rows = _rows(x)
     before = rows if residual is None else _rows(residual)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     with on_device_of(x):
         KERNELS.forward_kernel[(count,)](
             rows, before, weight.contiguous(), y, y if residual is None else stream, inverse,
@@ -67,12 +67,12 @@ def _gradients(
     count = s.numel() // width if width else 0
     if count == 0:
         return [dx, dresidual, torch.zeros_like(weight)]
-    each = triton.cdiv(count, PROGRAMS)
-    programs = triton.cdiv(count, each)
+    each = cdiv(count, PROGRAMS)
+    programs = cdiv(count, each)
     partials = torch.empty((programs, width), dtype=torch.float32, device=s.device)
     rows, of_y = _rows(s), _rows(dy)
     of_total = of_y if dtotal is None else _rows(dtotal)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     with on_device_of(s):
         KERNELS.backward_kernel[(programs,)](
             of_y, of_total, rows, weight.contiguous(), inverse, dx, dresidual if both else dx, partials,

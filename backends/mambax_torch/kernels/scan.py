@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from mambax_torch.kernels import scan_adjoint, scan_backward, scan_carry, scan_forward, tuning
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 
 KERNELS: Any = (scan_forward, scan_carry, scan_adjoint, scan_backward)
 FORWARD, CARRY, ADJOINT, BACKWARD = KERNELS  # Any: pyright does not see that constants may be given as numbers
@@ -106,7 +106,7 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
 
 
 def _sizes_of_block(block: int, channels: int, states: int) -> dict[str, Any]:
-    padded = triton.next_power_of_2(states)
+    padded = next_power_of_2(states)
     return {"EVEN_N": padded == states, "BD": block, "BN": padded, **LAUNCH}
 
 
@@ -118,8 +118,8 @@ def _carry(
     ends (B, S, N, D), in place; sums (B, S, D); A (N, D); first (B, D, N) or None; last (B, N, D) or None.
     """
     batch, segments, states, channels = ends.shape
-    block = min(32, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(channels, block)
+    block = min(32, next_power_of_2(channels))
+    blocks = cdiv(channels, block)
     strides = (0, 0, 0) if first is None else (first.stride(0), first.stride(2), first.stride(1))
     CARRY.carry_kernel[(batch * states * blocks,)](
         ends, sums, A, first, ends, last, *strides, channels, channels, states, blocks, segments,
@@ -151,7 +151,7 @@ def forward(
     interval = interval_of(states)
     layout = layout or tuning.layout_of(u.device, *given.sizes)
     block, segments, steps = tuning.segments_of(layout, *given.sizes, interval, tuning.processors(u.device))
-    blocks, shape = triton.cdiv(channels, block), _sizes_of_block(block, channels, states)
+    blocks, shape = cdiv(channels, block), _sizes_of_block(block, channels, states)
     shape["SOFTPLUS"] = given.delta_softplus
     A = given.A.t().contiguous()
     flags = (given.mask, given.boundaries)
@@ -232,7 +232,7 @@ def backward(
     dz = None if z is None else room(batch, length, channels, like=u, dtype=z.dtype)
     layout = layout or tuning.layout_of(u.device, *given.sizes)
     block = tuning.block_of(1024, channels, states)
-    blocks = triton.cdiv(channels, block)
+    blocks = cdiv(channels, block)
     softplus: dict[str, Any] = {"SOFTPLUS": given.delta_softplus}
     with on_device_of(u):
         ADJOINT.adjoint_kernel[(batch * intervals * blocks,)](
@@ -243,14 +243,14 @@ def backward(
         )  # fmt: skip
         _carry(adjoints, sums, A, dfinal, initial, backwards=True)
         block = tuning.block_of(512, channels, states)
-        blocks = triton.cdiv(channels, block)
+        blocks = cdiv(channels, block)
         programs = layout.resident * tuning.processors(u.device)
-        groups = min(blocks, triton.cdiv(8 * programs, batch * intervals))  # eight items for each, to end together
+        groups = min(blocks, cdiv(8 * programs, batch * intervals))  # eight items for each, to end together
         programs = min(programs, batch * intervals * groups)
         dB, dC = (room(groups, batch, length, states, like=u) for _ in range(2))
         dskip, dbias = (room(batch, intervals, channels, like=u) for _ in range(2))
         kept = interval // BACKWARD.WINDOW.value + BACKWARD.WINDOW.value // BACKWARD.TILE.value
-        scratch = room(programs, kept, block, triton.next_power_of_2(states), like=u)
+        scratch = room(programs, kept, block, next_power_of_2(states), like=u)
         BACKWARD.gradient_kernel[(programs,)](
             dy, u, delta, given.A, given.B, given.C, given.D, z, given.delta_bias, *flags, saved, adjoints, scratch,
             du, ddelta, dz, dB, dC, dskip, dbias,

@@ -48,7 +48,7 @@ def advance_kernel(
     Programs: B * (S-1) * blocks, the channels fastest. A: (N, D) contiguous, times log2(e).
     """
     program = tl.program_id(0).to(tl.int64)
-    d, n, has_d, has_n = _columns(program, blocks, D, N, BD, BN)
+    d, n, has_d, has_n = _columns(program, blocks, D, N, BD, BN)  # pyright: ignore[reportGeneralTypeIssues]
     segment = program // blocks % (segments - 1)
     batch = program // blocks // (segments - 1)
     u += batch * u_batch
@@ -104,7 +104,7 @@ def output_kernel(
     Programs: B * S * blocks, the channels fastest. starts: (B, S, N, D), or None for zero.
     """
     program = tl.program_id(0).to(tl.int64)
-    d, n, has_d, has_n = _columns(program, blocks, D, N, BD, BN)
+    d, n, has_d, has_n = _columns(program, blocks, D, N, BD, BN)  # pyright: ignore[reportGeneralTypeIssues]
     segment = program // blocks % segments
     batch = program // blocks // segments
     u += batch * u_batch

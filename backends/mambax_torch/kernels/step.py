@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mambax_torch.cpu_ops import may_call_directly
 from mambax_torch.kernels import step_kernels
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.kernels.step_targets import target_of
 
 KERNELS: Any = step_kernels  # in whose signatures pyright does not see that numbers may be constants
@@ -73,8 +73,8 @@ def conv_step_into(
         raise ValueError("conv_step: the states before and after must be contiguous; call .contiguous() on them")
     x = _side_by_side(x)
     y = torch.empty((batch, channels), dtype=x.dtype, device=x.device)
-    block = min(CONV_BLOCK, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(channels, block)
+    block = min(CONV_BLOCK, next_power_of_2(channels))
+    blocks = cdiv(channels, block)
     with on_device_of(x):
         KERNELS.conv_step_kernel[(batch * blocks,)](
             x, weight.contiguous(), x if bias is None else bias, before, y, after, x.stride(0), channels, blocks,
@@ -126,9 +126,9 @@ def scan_step_into(
     u, delta, B, C = map(_side_by_side, (u, delta, B, C))
     gate = u if z is None else _side_by_side(z)
     y = torch.empty((batch, channels), dtype=u.dtype, device=u.device)
-    wide = triton.next_power_of_2(states)
-    block = max(1, min(SCAN_BLOCK // wide, triton.next_power_of_2(channels)))
-    blocks = triton.cdiv(channels, block)
+    wide = next_power_of_2(states)
+    block = max(1, min(SCAN_BLOCK // wide, next_power_of_2(channels)))
+    blocks = cdiv(channels, block)
     with on_device_of(u):
         KERNELS.scan_step_kernel[(batch * blocks,)](
             u, delta, A.contiguous(), B, C, u if D is None else D, gate, u if delta_bias is None else delta_bias,

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mambax_torch.kernels import step_block_kernels
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 
 KERNELS: Any = step_block_kernels  # in whose signatures pyright does not see that numbers may be constants
 
@@ -53,19 +53,19 @@ def mixed(
     bias = xz if conv_bias is None else conv_bias
     switches = {"K": width, "HAS_BIAS": conv_bias is not None}
     block_o = 2
-    blocks_o = triton.cdiv(outputs, block_o)
-    wide = triton.next_power_of_2(count)
-    block_d = max(1, min(256 // wide, triton.next_power_of_2(channels)))
-    blocks_d = triton.cdiv(channels, block_d)
+    blocks_o = cdiv(outputs, block_o)
+    wide = next_power_of_2(count)
+    block_d = max(1, min(256 // wide, next_power_of_2(channels)))
+    blocks_d = cdiv(channels, block_d)
     with on_device_of(xz):
         KERNELS.x_proj_kernel[(batch * blocks_o,)](
             x, conv_weight, bias, conv_before, x_weight, dbc, xz.stride(0), channels, outputs, blocks_o,
-            **switches, BLOCK_O=block_o, BLOCK_D=min(1024, triton.next_power_of_2(channels)), num_warps=4,
+            **switches, BLOCK_O=block_o, BLOCK_D=min(1024, next_power_of_2(channels)), num_warps=4,
         )  # fmt: skip
         KERNELS.scan_kernel[(batch * blocks_d,)](
             x, z, conv_weight, bias, conv_before, conv_after, dbc, dt_weight, xz if dt_bias is None else dt_bias,
             A_log, skip, before, ssm_after, y, xz.stride(0), channels, count, rank, blocks_d,
             **switches, HAS_DT_BIAS=dt_bias is not None, BLOCK_D=block_d, BLOCK_N=wide,
-            BLOCK_R=min(64, triton.next_power_of_2(rank)), num_warps=2,
+            BLOCK_R=min(64, next_power_of_2(rank)), num_warps=2,
         )  # fmt: skip
     return y

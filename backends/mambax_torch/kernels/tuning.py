@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from mambax_torch.kernels.sizes import cdiv, next_power_of_2
+
 SHORTEST = 32
 """Steps of a segment, at least; a power of two. Starting one costs about as much as some steps."""
 
@@ -64,7 +66,7 @@ def processors(device: torch.device) -> int:
 
 def block_of(cells: int, channels: int, states: int) -> int:
     """Channels of a program that holds about so many states, a power of two."""
-    return max(1, min(cells // triton.next_power_of_2(states), 128, triton.next_power_of_2(channels)))
+    return max(1, min(cells // next_power_of_2(states), 128, next_power_of_2(channels)))
 
 
 def segments_of(
@@ -73,13 +75,13 @@ def segments_of(
     """How the forward pass cuts a scan: into multiples of the interval, or a power of two that divides it."""
     for cells in (1024, 512, 256):
         block = block_of(cells, channels, states)
-        if cells <= layout.whole and batch * triton.cdiv(channels, block) >= FULL * processors:
+        if cells <= layout.whole and batch * cdiv(channels, block) >= FULL * processors:
             return Segments(block, 1, length)
     block = block_of(layout.cells, channels, states)
-    wanted = triton.cdiv(layout.fill * processors, batch * triton.cdiv(channels, block))
-    steps = max(SHORTEST, triton.cdiv(length, wanted))
-    steps = triton.next_power_of_2(steps) if steps <= interval else interval * triton.cdiv(steps, interval)
-    return Segments(block, triton.cdiv(length, steps), steps) if steps < length else Segments(block, 1, length)
+    wanted = cdiv(layout.fill * processors, batch * cdiv(channels, block))
+    steps = max(SHORTEST, cdiv(length, wanted))
+    steps = next_power_of_2(steps) if steps <= interval else interval * cdiv(steps, interval)
+    return Segments(block, cdiv(length, steps), steps) if steps < length else Segments(block, 1, length)
 
 
 def layout_of(device: torch.device, batch: int, length: int, channels: int, states: int) -> Layout:
@@ -95,7 +97,7 @@ def _name(device: torch.device) -> str:
 
 
 def _key(device: torch.device, batch: int, length: int, channels: int, states: int) -> str:
-    sizes = (triton.next_power_of_2(max(1, size)) for size in (batch * channels, length, states))
+    sizes = (next_power_of_2(max(1, size)) for size in (batch * channels, length, states))
     return " | ".join((_name(device), *map(str, sizes)))
 
 
