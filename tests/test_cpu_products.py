@@ -44,7 +44,7 @@ def test_product(sizes, with_bias):
     rows, inner, columns = sizes
     a, b = normal(rows, inner), normal(columns, inner, seed=1)
     bias = normal(columns, seed=2) if with_bias else None
-    want = np.float64(a) @ np.float64(b).T + (0 if bias is None else bias)
+    want = a.astype(np.float64) @ b.astype(np.float64).T + (0 if bias is None else bias)
     got = products.product(a, b, bias, threads=1)
     assert_close(got, want, tolerance=2e-6)
     for threads in (2, 3):
@@ -90,12 +90,12 @@ def test_nothing_to_do():
 def test_long_sums_are_as_exact_as_short_ones():
     inner = 50_000
     a, b = normal(8, inner) + 1, normal(STRIP, inner, seed=1) + 1  # hardly anything cancels
-    assert relative_error(products.product(a, b), np.float64(a) @ np.float64(b).T) < 1e-5
+    assert relative_error(products.product(a, b), a.astype(np.float64) @ b.astype(np.float64).T) < 1e-5
 
 
 def test_narrow_values_are_widened():
     a, b = normal(40, 30).astype(np.float16), normal(50, 30, seed=1).astype(np.float16)
-    assert_close(products.product(a, b), np.float64(a) @ np.float64(b).T)
+    assert_close(products.product(a, b), a.astype(np.float64) @ b.astype(np.float64).T)
 
 
 def test_what_does_not_fit_is_refused():
@@ -122,7 +122,7 @@ def test_linear_layers_use_the_faster_one(monkeypatch, ours):
     product = products.product
     monkeypatch.setattr(products, "product", lambda *args, **kw: (called.append(1), product(*args, **kw))[1])
     x, weight, bias = normal(3, 20, 96), normal(80, 96, seed=1), normal(80)
-    want = np.float64(x) @ np.float64(weight).T + bias
+    want = x.astype(np.float64) @ weight.astype(np.float64).T + bias
     assert_close(linear.linear(x, weight, bias), want)
     assert_close(linear.linear(x, weight.astype(np.float16), bias), want, "float16")
     assert bool(called) is ours
