@@ -239,7 +239,7 @@ def test_auto_takes_the_kernels_of_the_gpu(on_gpu):
 
 
 def test_a_model_by_the_kernels(on_gpu):
-    config = config_of(n_layer=2)
+    config = config_of(n_layer=2, scan="metal")
     weights = weights_of(config)
     model, ids = build(nn, config, weights), token_ids(2, 9)
     assert_close(run(model, ids)[0], reference.logits(weights, ids))

@@ -72,7 +72,8 @@ def test_logits_of_few_rows(name, tied, dtype, batch, length, calls):
     assert_close(run(model, ids)[0], reference.logits(exact, ids), dtype)
     if 1 < batch * length <= 16 or (name, dtype, batch * length) == ("numpy", "bfloat16", 1):
         assert calls == [dtype] * len(calls)
-        assert len(calls) >= 3 * config.n_layer - 1  # x_proj may be too small to matter
+        blocks = 0 if length == 1 else 3 * config.n_layer - 1  # one token is a call of its own; x_proj may be small
+        assert len(calls) >= max(1, blocks)
 
 
 @BY_BACKEND

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mambax.scan import CHUNK, at_least_float32, check_shapes, own, refuse_mask_with_boundaries
+from mambax.scan import CHUNK, at_least_float32, check_shapes, refuse_mask_with_boundaries
 from mambax_mlx import ops
 
 BLOCK = 16
@@ -75,7 +75,9 @@ def selective_scan(
         y = y + wide * at_least_float32(ops, D)
     if z is not None:
         y = y * ops.silu(at_least_float32(ops, z))
-    return y.astype(u.dtype), own(ops, h)
+    # MLX may compute a product in the memory of a factor, here a part of the blocks of a chunk, which the state
+    # would then keep. Taking rows has memory of its own.
+    return y.astype(u.dtype), mx.take(h, mx.arange(batch), axis=0)
 
 
 def _time_steps(delta: mx.array, bias: mx.array | None, softplus: bool) -> mx.array:
