@@ -80,6 +80,7 @@ def nemotron_h(**changes: Any) -> Any:
         "layers_block_type": ["mamba", "attention", "mlp", "mamba", "mlp"], "num_attention_heads": 4,
         "num_key_value_heads": 2, "mamba_num_heads": 6, "mamba_head_dim": 14, "ssm_state_size": 7, "n_groups": 3,
         "chunk_size": 16, "eos_token_id": None,
+        "time_step_min": 1e-9,  # below which transformers 5.23 clamps dt, whatever time_step_limit says
     }  # fmt: skip
     return transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**(fields | changes)))
 

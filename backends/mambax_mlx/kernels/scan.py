@@ -62,7 +62,7 @@ def selective_scan(
         NotImplementedError: under ``mx.vmap``, ``mx.jvp`` and in second derivatives.
     """
     values = dict(zip(NAMES, (u, delta, A, B, C, D, z, delta_bias, initial_state), strict=True))
-    check_shapes(**values, mask=mask, boundaries=boundaries)  # type: ignore[arg-type]
+    check_shapes(**values, mask=mask, boundaries=boundaries)
     refuse_mask_with_boundaries("selective_scan", mask, boundaries)
     reason = refusal(u, A, *values.values())
     if reason:
