@@ -35,6 +35,9 @@ _RENAMED = {
     "use_conv_bias": ("use_conv_bias", "mamba_conv_bias"),
 }
 """Options of the Mamba-2 mixers that older files spell otherwise."""
+_NO_LEAST_DT = 1e-9
+"""``time_step_min`` of saved files whose dt has no lower limit: NVIDIA's code initialises with it alone, but that of
+transformers 5 takes it for the lower limit of dt, with 0.001 when it is missing; and its logarithm must exist."""
 _LETTERS = {"M": "mamba2", "*": "attention", "-": "mlp"}
 _KINDS = {
     "mamba": "mamba2", "linear_attention": "mamba2", "attention": "attention", "full_attention": "attention",
@@ -113,6 +116,7 @@ def _write(config: MambaLMConfig) -> dict[str, Any]:
     return raw | {
         "layers_block_type": [theirs.get(kind, kind) for kind in config.layer_kinds],
         "time_step_limit": list(mamba2.dt_limit),
+        "time_step_min": mamba2.dt_limit[0] or _NO_LEAST_DT,
         "mamba_num_heads": mamba2.n_heads,
         "mamba_head_dim": mamba2.head_dim,
         "ssm_state_size": mamba2.d_state,
