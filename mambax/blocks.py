@@ -31,19 +31,28 @@ class MambaMixer:
         config: the model's configuration.
         layer_idx: the block's number.
         init: where initial weights come from; seed 0 when None.
+        projections: whether it has ``in_proj`` and ``out_proj``; without them, :meth:`mix` is all there is.
     """
 
     nn: ClassVar[Backend]
 
-    def __init__(self, config: MambaConfig, layer_idx: int = 0, *, init: Initializer | None = None) -> None:
+    def __init__(
+        self,
+        config: MambaConfig,
+        layer_idx: int = 0,
+        *,
+        init: Initializer | None = None,
+        projections: bool = True,
+    ) -> None:
         super().__init__()
         nn, init = self.nn, init or Initializer()
         D, N, R = config.d_inner, config.d_state, int(config.dt_rank)
         self.config = config
         self.layer_idx = layer_idx
-        self.in_proj = nn.Linear(
-            init.linear(2 * D, config.d_model), init.full((2 * D,), 0.0) if config.use_bias else None
-        )
+        if projections:
+            self.in_proj = nn.Linear(
+                init.linear(2 * D, config.d_model), init.full((2 * D,), 0.0) if config.use_bias else None
+            )
         self.conv1d = nn.CausalConv1d(
             init.conv_weight(config), init.conv_bias(config) if config.use_conv_bias else None
         )
@@ -56,9 +65,10 @@ class MambaMixer:
             self.c_layernorm = nn.RMSNorm(init.full((N,), 1.0), eps)
         self.A_log = nn.Parameter(init.A_log(config))  # (D, N)
         self.D = nn.Parameter(init.full((D,), 1.0))  # (D,)
-        self.out_proj = nn.Linear(
-            init.out_proj(config, D), init.full((config.d_model,), 0.0) if config.use_bias else None
-        )
+        if projections:
+            self.out_proj = nn.Linear(
+                init.out_proj(config, D), init.full((config.d_model,), 0.0) if config.use_bias else None
+            )
 
     def forward(
         self,
@@ -81,11 +91,17 @@ class MambaMixer:
         Raises:
             ValueError: for a state of other sizes, and for a mask together with boundaries.
         """
-        nn, D, N = self.nn, self.config.d_inner, self.config.d_state
         if state is not None:
             self._check_state(state, hidden.shape[0])
+        y, after = self.mix(self.in_proj(hidden), state, mask, boundaries)
+        return self.out_proj(y), after
+
+    def mix(
+        self, xz: Array, state: LayerState | None, mask: Array | None, boundaries: Array | None
+    ) -> tuple[Array, LayerState]:
+        """What is between the projections: (B, L, 2D) to (B, L, D); arguments as of :meth:`forward`."""
+        nn, D, N = self.nn, self.config.d_inner, self.config.d_state
         rank = int(self.config.dt_rank)
-        xz = self.in_proj(hidden)  # (B, L, 2D)
         x, z = xz[..., :D], xz[..., D:]
         x, conv = self.conv1d(x, None if state is None else state.conv, mask, boundaries)  # (B, L, D)
         dbc = self.x_proj(x)  # (B, L, R + 2N)
@@ -104,7 +120,7 @@ class MambaMixer:
             boundaries=boundaries,
             impl=self.config.scan,
         )
-        return self.out_proj(y), LayerState(conv, ssm)
+        return y, LayerState(conv, ssm)
 
     def _normed(self, dt: Array, B: Array, C: Array) -> tuple[Array, Array, Array]:
         """dt (B, L, R), B and C (B, L, N) after their RMSNorms, where the family has any."""

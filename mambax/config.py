@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mambax.fields import check_bool, check_choice, check_float, check_int, check_options, fail
-from mambax.options import AttentionOptions, Mamba2Options, MLPOptions
+from mambax.options import AttentionOptions, Mamba2Options, MLPOptions, ParallelOptions
 
 Pooling = Literal["last", "mean", "state"]
 POOLINGS: tuple[Pooling, ...] = ("last", "mean", "state")
@@ -43,9 +43,12 @@ class MambaConfig:
             (Falcon-Mamba) or ``"learned"``, with a weight each (Jamba).
         dt_b_c_norm_epsilon: added to the mean square in these.
         layer_types: the kind of mixer of each block, n_layer names of ``Block.mixers``; ``"mamba"`` everywhere
-            when None.
+            when None. ``"bimamba"`` and ``"bimamba2"`` read whole sequences, in both directions, and with
+            ``"_tied"`` after their names they share the projections of the two.
         mamba2, attention, mlp: the sizes of the blocks of kind ``"mamba2"``, ``"attention"``, and ``"mlp"`` or
             ``"moe"``; None where there are none.
+        parallel: the factors in blocks of kind ``"parallel"``, which have the sizes of ``mamba2`` and ``attention``;
+            all 1 when None.
         residual_multiplier: factor on what each block adds to the residual stream.
         family: the family of checkpoints as which the model is written, a name of :data:`mambax.families.FAMILIES`;
             when None, ``"mamba"`` for a model that Mamba-1 checkpoints can describe, else ``"mambax"``.
@@ -80,6 +83,7 @@ class MambaConfig:
     mamba2: Mamba2Options | None = None
     attention: AttentionOptions | None = None
     mlp: MLPOptions | None = None
+    parallel: ParallelOptions | None = None
     residual_multiplier: float = 1.0
     family: str | None = None
     scan: str = "auto"
@@ -110,6 +114,7 @@ class MambaConfig:
         check_options(self, "mamba2", Mamba2Options)
         check_options(self, "attention", AttentionOptions)
         check_options(self, "mlp", MLPOptions)
+        check_options(self, "parallel", ParallelOptions)
         check_float(self, "residual_multiplier", -1e6, 1e6)
         self._check_layer_types()
         if self.family is None:
@@ -137,6 +142,11 @@ class MambaConfig:
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of mixer of each block, n_layer of them."""
         return ("mamba",) * self.n_layer if self.layer_types is None else self.layer_types
+
+    @property
+    def causal(self) -> bool:
+        """Whether what the model says of a position depends on no later one."""
+        return not any(kind.startswith("bi") for kind in self.layer_kinds)
 
     @property
     def d_inner(self) -> int:

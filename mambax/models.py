@@ -113,6 +113,11 @@ class MambaEncoder:
         check_hidden(self.config, hidden, mask)
         boundaries = as_boundaries(nn, segment_ids, boundaries, mask, hidden)
         packed = () if boundaries is None else (boundaries,)
+        if state is not None and not self.config.causal:
+            raise ValueError(
+                "state: expected None, since this model reads sequences from their end too and cannot continue "
+                "one; give it whole sequences"
+            )
         if state is None:
             state = self.init_state(hidden.shape[0])
         if not isinstance(state, InferenceParams):
@@ -209,6 +214,11 @@ class MambaForCausalLM(CheckpointMixin, GenerationMixin):
     def __init__(self, config: MambaLMConfig, *, mixer_cls: Any = None, init: Initializer | None = None) -> None:
         super().__init__()
         init = init or Initializer()
+        if not config.causal:
+            raise ValueError(
+                "layer_types: a language model cannot read from the end what it is to predict; expected no "
+                "bidirectional mixer (use MambaForSequenceClassification or MambaForFeatureExtraction)"
+            )
         self.config = config
         self.tokenizer = None
         self.backbone = self.backbone_cls(config, mixer_cls=mixer_cls, init=init)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mambax_mlx
-from mambax import attention, blocks, mamba2, mlp, models, state
+from mambax import attention, bidirectional, blocks, mamba2, mlp, models, state
 from mambax.backend import Backend
 from mambax_mlx.layers import Embedding, Linear
 from mambax_mlx.module import Module
@@ -22,6 +22,30 @@ class MambaMixer(blocks.MambaMixer, Module):
 
 class Mamba2Mixer(mamba2.Mamba2Mixer, Module):
     nn: ClassVar[Backend] = mambax_mlx
+
+
+class BiMambaMixer(bidirectional.BidirectionalMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    direction_cls = MambaMixer
+    tied = False
+
+
+class TiedBiMambaMixer(bidirectional.BidirectionalMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    direction_cls = MambaMixer
+    tied = True
+
+
+class BiMamba2Mixer(bidirectional.BidirectionalMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    direction_cls = Mamba2Mixer
+    tied = False
+
+
+class TiedBiMamba2Mixer(bidirectional.BidirectionalMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    direction_cls = Mamba2Mixer
+    tied = True
 
 
 class AttentionMixer(attention.AttentionMixer, Module):
@@ -66,6 +90,10 @@ class Block(blocks.Block, Module):
     mixers: ClassVar[Mapping[str, Any]] = {
         "mamba": MambaMixer,
         "mamba2": Mamba2Mixer,
+        "bimamba": BiMambaMixer,
+        "bimamba_tied": TiedBiMambaMixer,
+        "bimamba2": BiMamba2Mixer,
+        "bimamba2_tied": TiedBiMamba2Mixer,
         "attention": AttentionMixer,
         "mlp": MLPMixer,
         "moe": MoEMixer,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch.utils._pytree import register_pytree_node
 
 import mambax_torch
-from mambax import attention, blocks, mamba2, mlp, models, state
+from mambax import attention, bidirectional, blocks, mamba2, mlp, models, state
 from mambax.backend import Backend
 from mambax_torch.layers import Embedding, Linear
 from mambax_torch.module import Module
@@ -24,6 +24,30 @@ class MambaMixer(blocks.MambaMixer, Module):
 
 class Mamba2Mixer(mamba2.Mamba2Mixer, Module):
     nn: ClassVar[Backend] = mambax_torch
+
+
+class BiMambaMixer(bidirectional.BidirectionalMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    direction_cls = MambaMixer
+    tied = False
+
+
+class TiedBiMambaMixer(bidirectional.BidirectionalMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    direction_cls = MambaMixer
+    tied = True
+
+
+class BiMamba2Mixer(bidirectional.BidirectionalMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    direction_cls = Mamba2Mixer
+    tied = False
+
+
+class TiedBiMamba2Mixer(bidirectional.BidirectionalMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    direction_cls = Mamba2Mixer
+    tied = True
 
 
 class AttentionMixer(attention.AttentionMixer, Module):
@@ -68,6 +92,10 @@ class Block(blocks.Block, Module):
     mixers: ClassVar[Mapping[str, Any]] = {
         "mamba": MambaMixer,
         "mamba2": Mamba2Mixer,
+        "bimamba": BiMambaMixer,
+        "bimamba_tied": TiedBiMambaMixer,
+        "bimamba2": BiMamba2Mixer,
+        "bimamba2_tied": TiedBiMamba2Mixer,
         "attention": AttentionMixer,
         "mlp": MLPMixer,
         "moe": MoEMixer,

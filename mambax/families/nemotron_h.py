@@ -36,8 +36,8 @@ _RENAMED = {
 }
 """Options of the Mamba-2 mixers that older files spell otherwise."""
 _NO_LEAST_DT = 1e-9
-"""``time_step_min`` of saved files whose dt has no lower limit: NVIDIA's code initialises with it alone, but that of
-transformers 5 takes it for the lower limit of dt, with 0.001 when it is missing; and its logarithm must exist."""
+"""``time_step_min`` of saved files whose dt has no lower limit: NVIDIA's code initialises with it alone, but that
+of transformers 5 takes it for the lower limit of dt, with 0.001 when it is missing; its logarithm must exist."""
 _LETTERS = {"M": "mamba2", "*": "attention", "-": "mlp"}
 _KINDS = {
     "mamba": "mamba2", "linear_attention": "mamba2", "attention": "attention", "full_attention": "attention",
