@@ -25,10 +25,10 @@ from rich.table import Table
 from benchmarks import machine, report, results
 from benchmarks.goals import goals
 from benchmarks.harness import Case, compare
-from benchmarks.parts import NEED_WEIGHTS, PARTS, Context
+from benchmarks.parts import PARTS, Context
 from benchmarks.plans import PLANS
 from benchmarks.processes import ROOT, environment
-from benchmarks.shapes import read_shape
+from benchmarks.shapes import SHAPES, read_shape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,9 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ordered = parts
     with _folder(chosen.work) as folder, Status("", console=console) as status:
         context = Context(plan, chosen.threads, folder / plan.model, folder / plan.long_model)
-        if any(name in NEED_WEIGHTS for name in chosen.only):
-            for target in {context.folder, context.long_folder}:
-                _weights(target, chosen.threads, status, console)
+        for target in {target: None for name in chosen.only for target in context.folders(name)}:
+            _weights(target, chosen.threads, status, console)
         limits: dict[str, float] = {}
         for name in chosen.only:
             part = _new_part(name, context, _command(chosen), limits)
@@ -117,7 +116,10 @@ def _weights(folder: Path, threads: int, status: Status, console: Console) -> No
     if (folder / "done").exists():
         return
     status.update(f"writing random weights of {folder.name}")
-    for command in (["benchmarks.weights", str(folder), folder.name], ["benchmarks.gguf_files", str(folder)]):
+    commands = [["benchmarks.weights", str(folder), folder.name]]
+    if "layer_types" not in SHAPES[folder.name]:  # the others are not given to llama.cpp
+        commands.append(["benchmarks.gguf_files", str(folder)])
+    for command in commands:
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=ROOT, env=environment(threads), capture_output=True, text=True,
             check=False,
@@ -132,9 +134,8 @@ def _weights(folder: Path, threads: int, status: Status, console: Console) -> No
 
 
 def _new_part(name: str, context: Context, command: str, limits: dict[str, float]) -> results.Part:
-    shape: dict[str, Any] = {}
-    if name in NEED_WEIGHTS:
-        shape = read_shape(context.folder)
+    folders = context.folders(name)
+    shape: dict[str, Any] = read_shape(folders[0]) if folders else {}
     return results.Part(
         name, context.plan.name, command, datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         machine.describe(), machine.versions(), context.threads, shape, dict(limits),

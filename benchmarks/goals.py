@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.harness import Case, Entry
-from benchmarks.results import ALONE, Part, best, bound, ours, peers
+from benchmarks.results import ALONE, OURS, Part, best, bound, ours, peers
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def _flat(part: Part) -> Iterator[Goal]:
     for case in part.cases:
         for entry in case.entries:
             f = entry.figures if entry.status == "ok" else {}
-            about = f"{entry.label}, {case.job['steps']} steps: "
+            reached = "tokens read" if case.job["kind"] == "reach" else "steps"
+            about = f"{entry.label}, {case.job['steps']} {reached}: "
             time = f["last_step"] / f["first_step"] if f else None
             memory = f["last_resident"] / f["first_resident"] if f else None
             yield Goal(about + "time of a step, last against first", time, ("<=", 1.1))
@@ -151,6 +152,31 @@ def _start(part: Part) -> Iterator[Goal]:
         yield Goal("peak memory then, as a share of the weights", share, ("<=", 1.2))
 
 
+def _mamba2(part: Part) -> Iterator[Goal]:
+    """Every one of mambax, not the fastest alone."""
+    times = {"prefill": 3.0, "decode": 2.0}
+    for case in part.cases:
+        kind, rival = case.job["kind"], case.entry("transformers")
+        size = case.job["length" if kind == "prefill" else "batch"]
+        for entry in case.entries:
+            if entry.label.startswith(OURS):
+                about = f"Mamba-2, {kind} of {size}, {case.job['precision']}: {entry.label}, "
+                yield Goal(about + "times as fast as transformers", _faster(entry, rival), (">=", times[kind]))
+
+
+def _memory(part: Part) -> Iterator[Goal]:
+    """Memory of the longest prompt against that of the shortest, where it is not to depend on it."""
+    cases = [case for case in part.cases if case.name == "mamba2 memory"]
+    if len(cases) < 2:
+        return
+    for entry in cases[-1].entries:
+        short = cases[0].entry(entry.label)
+        if entry.median is not None and short is not None:
+            share = entry.figures["peak"] / short.figures["peak"]
+            lengths = f"{cases[-1].job['length']} tokens against {cases[0].job['length']}"
+            yield Goal(f"Mamba-2, {entry.label}: peak memory of {lengths}", share, ("<=", 1.02))
+
+
 GOALS: dict[str, Callable[[Part], Iterator[Goal]]] = {
     "scan": _scan,
     "prefill": _prefill,
@@ -159,5 +185,8 @@ GOALS: dict[str, Callable[[Part], Iterator[Goal]]] = {
     "flat": _flat,
     "training": _training,
     "start": _start,
+    "mamba2-prefill": _mamba2,
+    "mamba2-decode": _mamba2,
+    "memory": _memory,
 }
 """Part -> its goals."""

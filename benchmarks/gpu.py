@@ -35,7 +35,7 @@ Part = Callable[[Any], Iterator[Case]]
 
 def parts_by_name() -> dict[str, Part]:
     """The parts, in the order in which they are run. ``limits`` is part of every run. Imports torch."""
-    from benchmarks import gpu_commands, gpu_kernels, gpu_models, gpu_scan
+    from benchmarks import gpu_commands, gpu_kernels, gpu_models, gpu_scan, gpu_ssd
 
     return {
         "limits": gpu_kernels.limits,
@@ -44,6 +44,7 @@ def parts_by_name() -> dict[str, Part]:
         "peers": gpu_commands.peers,
         "scan": lambda c: gpu_scan.cases(c, backward=False),
         "scan-backward": lambda c: gpu_scan.cases(c, backward=True),
+        "ssd": gpu_ssd.cases,
         "kernels": gpu_kernels.kernels,
         "long": gpu_kernels.long,
         "million": gpu_models.million,
@@ -54,8 +55,8 @@ def parts_by_name() -> dict[str, Part]:
 
 
 NAMES = (
-    "limits", "tests", "sanitizer", "peers", "scan", "scan-backward", "kernels", "long", "million", "prefill",
-    "decode", "training",
+    "limits", "tests", "sanitizer", "peers", "scan", "scan-backward", "ssd", "kernels", "long", "million",
+    "prefill", "decode", "training",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from benchmarks.harness import Case, Entry, summary
 from benchmarks.processes import ROOT
 from benchmarks.processes import environment as quiet
 
-KERNEL_TESTS = ("test_triton_conv.py", "test_triton_norm.py", "test_triton_step.py", "test_triton_scan.py")
+KERNEL_TESTS = tuple(f"test_triton_{name}.py" for name in ("conv", "norm", "step", "scan", "ssd"))
 SMALL = "outputs or gradient or convolution or scan"
 """The tests of the kernels that compute-sanitizer watches, as pytest's -k wants it."""
 

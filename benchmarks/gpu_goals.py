@@ -46,6 +46,15 @@ def _scan(part: Part) -> Iterator[Goal]:
             yield Goal(about + "memory of the run, as a share of mamba_ssm's", share, ("<=", 1.0))
 
 
+def _ssd(part: Part) -> Iterator[Goal]:
+    for case in part.cases:
+        job = case.job
+        done = "forward" if job["kind"] == "forward" else "forward and backward"
+        about = f"ssd, {done}, {job['model']}, B {job['batch']}, L {job['length']}: "
+        faster = _faster(case.entry("mambax triton"), case.entry("mamba_ssm Triton"))
+        yield Goal(about + "times as fast as mamba_ssm's Triton kernels", faster, (">=", 1.0))
+
+
 def _long(part: Part) -> Iterator[Goal]:
     for case in part.cases:
         for entry in case.entries:
@@ -102,6 +111,7 @@ GOALS: dict[str, Callable[[Part], Iterator[Goal]]] = {
     "sanitizer": _tests,
     "scan": _scan,
     "scan-backward": _scan,
+    "ssd": _ssd,
     "long": _long,
     "million": _long,
     "decode": _decode,

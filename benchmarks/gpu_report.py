@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,26 @@ def title(case: Case) -> str:
     return ", ".join([*words, *([job["precision"]] if "precision" in job else [])])
 
 
-def case_table(case: Case) -> list[str]:
-    """One case: a row for each rival, with the reason where it has no time."""
+def case_table(case: Case, limits: Mapping[str, float] | None = None) -> list[str]:
+    """One case: a row for each rival, with the reason where it has no time, and how near the limits it comes."""
     first = ours(case) or best(case.entries)
     lines = [
         "| | median | quartiles | times the best of mambax | working MB | peak MB | error | |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    return lines + [_row(entry, first) for entry in case.entries]
+    return lines + [_row(entry, first, _share(case, entry, limits or {})) for entry in case.entries]
 
 
-def _row(entry: Entry, first: Entry | None) -> str:
+def _share(case: Case, entry: Entry, limits: Mapping[str, float]) -> str:
+    """The least time that the limits allow, as a share of the time taken; where it is known what has to be done."""
+    f, rate = entry.figures, limits.get(str(case.job.get("precision")))
+    if not entry.median or not rate or "copy" not in limits or not {"bytes", "operations"} <= f.keys():
+        return ""
+    least = max(f["bytes"] / limits["copy"], f["operations"] / rate)
+    return f"{100 * least / entry.median:.0f} % of what the limits allow"
+
+
+def _row(entry: Entry, first: Entry | None, share: str) -> str:
     s, f = entry.seconds, entry.figures
     said = "" if entry.status == "ok" else f"{entry.status}: {entry.reason}".replace("|", "\\|")
     counts = ", ".join(f"{f[word]:.0f} {word}" for word in ("passed", "failed", "skipped") if word in f)
@@ -55,7 +65,7 @@ def _row(entry: Entry, first: Entry | None) -> str:
         memory(f.get("working")),
         memory(f.get("peak")),
         f"{f['error']:.1e}" if "error" in f else "",
-        "; ".join(filter(None, (counts, said))),
+        "; ".join(filter(None, (counts, said, share))),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -97,7 +107,7 @@ def markdown(parts: dict[str, Part], pictures: list[Path]) -> str:
         if part.limits:
             lines += [limits_line(part), ""]
         for case in part.cases:
-            lines += [f"### {title(case)}", "", *case_table(case), ""]
+            lines += [f"### {title(case)}", "", *case_table(case, part.limits), ""]
     for picture in pictures:
         lines += [f"![{picture.stem}]({picture.name})", ""]
     return "\n".join(lines)
@@ -116,7 +126,10 @@ def write(parts: dict[str, Part], folder: Path, stem: str) -> list[Path]:
 def _draw(parts: dict[str, Part], folder: Path, stem: str) -> list[Path]:
     figures = {name: _scan_figure(parts[name].cases) for name in ("scan", "scan-backward") if name in parts}
     bars = [
-        case for name in ("kernels", "prefill", "decode", "training") if name in parts for case in parts[name].cases
+        case
+        for name in ("ssd", "kernels", "prefill", "decode", "training")
+        if name in parts
+        for case in parts[name].cases
     ]
     bars = [case for case in bars if best(case.entries) is not None]
     if bars:

@@ -37,6 +37,24 @@ class Context:
     folder: Path
     long_folder: Path
 
+    @property
+    def mamba2_folder(self) -> Path:
+        """The weights of the plan's Mamba-2, beside those of its model."""
+        return self.folder.parent / self.plan.mamba2
+
+    @property
+    def hybrid_folder(self) -> Path:
+        """The weights of the plan's hybrid."""
+        return self.folder.parent / self.plan.hybrid
+
+    def folders(self, part: str) -> list[Path]:
+        """The weights that a part takes, first those whose shape its results name; none without models."""
+        if part.startswith("mamba2"):
+            return [self.mamba2_folder]
+        if part == "memory":
+            return [self.mamba2_folder, self.hybrid_folder]
+        return [self.folder, self.long_folder] if part in NEED_WEIGHTS else []
+
     def settings(self, **changes: Any) -> Settings:
         """The plan's settings, with changes."""
         p = self.plan
@@ -113,21 +131,21 @@ def scan(c: Context) -> list[Group]:
 KINDS = ("forward", "backward")
 
 
-def _model(label: str, runner: str, folder: Path, **options: Any) -> Spec:
+def model(label: str, runner: str, folder: Path, **options: Any) -> Spec:
+    """A language model as a contender; see :class:`benchmarks.contenders.language_models.Model`."""
     return Spec(label, "language_models:Model", {"runner": runner, "folder": str(folder), **options})
 
 
 def _floating(c: Context, dtype: str) -> list[Spec]:
     """Contenders with weights of a floating-point dtype."""
     ours = [
-        _model(f"mambax {name}", "mambax", c.folder, backend=name, dtype=dtype)
-        for name in ("torch", "numpy", "mlx")
+        model(f"mambax {name}", "mambax", c.folder, backend=name, dtype=dtype) for name in ("torch", "numpy", "mlx")
     ]
     peers = [
-        _model("transformers", "transformers", c.folder, dtype=dtype),
-        _model("transformers + mambapy", "transformers", c.folder, dtype=dtype, mambapy=True),
-        _model("mambapy", "mambapy", c.folder, dtype=dtype),
-        _model("mlx-lm", "mlx-lm", c.folder, dtype=dtype),
+        model("transformers", "transformers", c.folder, dtype=dtype),
+        model("transformers + mambapy", "transformers", c.folder, dtype=dtype, mambapy=True),
+        model("mambapy", "mambapy", c.folder, dtype=dtype),
+        model("mlx-lm", "mlx-lm", c.folder, dtype=dtype),
     ]
     peers[1] = dataclasses.replace(peers[1], kinds=("prefill",))  # its decoding is transformers'
     if dtype != "float32":
@@ -146,10 +164,10 @@ def _floating(c: Context, dtype: str) -> list[Spec]:
 def _quantised(c: Context, bits: int) -> list[Spec]:
     """Contenders with quantised weights. mambax keeps the others in float32."""
     ours = [
-        _model(f"mambax {name}", "mambax", c.folder, backend=name, dtype="float32", quantize=f"int{bits}")
+        model(f"mambax {name}", "mambax", c.folder, backend=name, dtype="float32", quantize=f"int{bits}")
         for name in ("torch", "numpy")
     ]
-    peers = [_model("mlx-lm", "mlx-lm", c.folder, dtype="float32", bits=bits)]
+    peers = [model("mlx-lm", "mlx-lm", c.folder, dtype="float32", bits=bits)]
     return ours + peers + _llama(c, {8: ["Q8_0"], 4: ["Q4_0", "Q4_K_M"]}[bits])
 
 
@@ -157,7 +175,7 @@ def _llama(c: Context, kinds: list[str]) -> list[Spec]:
     specs = []
     for kind in kinds:
         options = {"kind": kind, "threads": c.threads}
-        specs.append(_model(f"llama.cpp {kind}", "llama.cpp", c.folder, **options))
+        specs.append(model(f"llama.cpp {kind}", "llama.cpp", c.folder, **options))
         if os.environ.get("LLAMA_BENCH"):
             bench = {"folder": str(c.folder), **options}
             specs.append(Spec(f"llama-bench {kind}", "llama_cpp_models:LlamaBench", bench))
@@ -185,12 +203,13 @@ def decode(c: Context) -> list[Group]:
 
 
 def compiled(c: Context) -> list[Group]:
-    """Prefill beside transformers under torch.compile, which takes minutes to compile."""
+    """Prefill beside transformers under torch.compile, whose compiling, in the first run, takes minutes."""
     if not c.plan.compiled:
         return []
     specs = [
-        _model("mambax torch", "mambax", c.folder, backend="torch", dtype="float32"),
-        _model("transformers compiled", "transformers", c.folder, dtype="float32", compiled=True),
+        model("mambax torch", "mambax", c.folder, backend="torch", dtype="float32"),
+        model("mambax torch compiled", "mambax", c.folder, backend="torch", dtype="float32", compiled=True),
+        model("transformers compiled", "transformers", c.folder, dtype="float32", compiled=True),
     ]
     length = c.plan.prompts[0]
     job = {"kind": "prefill", "length": length, "precision": "float32", "compare": False}  # or it compiles again
@@ -198,14 +217,21 @@ def compiled(c: Context) -> list[Group]:
 
 
 def flat(c: Context) -> list[Group]:
-    """Time and memory of a step from the first token to the last of very many."""
+    """Time and memory of a step from the first token to the last of very many: every one of them decoded by a small
+    model, and read by the other one between a few places where steps are timed."""
     steps = c.plan.flat_steps
     specs = [
-        _model(f"mambax {name}", "mambax", c.long_folder, backend=name, dtype="float32")
+        model(f"mambax {name}", "mambax", c.long_folder, backend=name, dtype="float32")
         for name in ("numpy", "torch")
     ]
     job = {"kind": "flat", "batch": 1, "steps": steps, "windows": 20}
-    return [Group("flat", specs, [job], c.settings(rounds=1, least=1, turn_s=0.0, timeout_s=600.0))]
+    settings = c.settings(rounds=1, least=1, turn_s=0.0, timeout_s=600.0)
+    positions = [n for n in (16, 1000, 10_000, 100_000) if n < steps] + [steps]
+    reach = {"kind": "reach", "steps": steps, "positions": positions, "window": 4 * c.plan.steps}
+    large = [
+        model(f"mambax {name}", "mambax", c.folder, backend=name, dtype="float32") for name in ("numpy", "torch")
+    ]
+    return [Group("flat", specs, [job], settings), Group("flat, shape of the others", large, [reach], settings)]
 
 
 def training(c: Context) -> list[Group]:
@@ -252,6 +278,17 @@ def start(c: Context) -> list[Group]:
     ]
 
 
+def _of_mamba2(name: str) -> Callable[[Context], list[Group]]:
+    """A function of :mod:`benchmarks.mamba2_parts`, which takes its contenders from here."""
+
+    def make(c: Context) -> list[Group]:
+        from benchmarks import mamba2_parts
+
+        return getattr(mamba2_parts, name)(c)
+
+    return make
+
+
 PARTS: dict[str, Callable[[Context], list[Group]]] = {
     "limits": limits,
     "scan": scan,
@@ -261,6 +298,9 @@ PARTS: dict[str, Callable[[Context], list[Group]]] = {
     "flat": flat,
     "training": training,
     "start": start,
+    "mamba2-prefill": _of_mamba2("prefill"),
+    "mamba2-decode": _of_mamba2("decode"),
+    "memory": _of_mamba2("long_prompts"),
 }
 """The parts by name, in the order in which they are run. ``limits`` is part of every run."""
 

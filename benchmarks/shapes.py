@@ -10,7 +10,29 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mamba-130m": {"d_model": 768, "n_layer": 24, "vocab_size": 50280},
     "small": {"d_model": 64, "n_layer": 2, "vocab_size": 256},
     "tiny": {"d_model": 32, "n_layer": 2, "vocab_size": 96},
-}
+    "mamba2-130m": {
+        "d_model": 768, "n_layer": 24, "vocab_size": 50288, "layer_types": ("mamba2",) * 24, "family": "mamba2",
+        "rescale_prenorm_residual": False,  # or transformers divides out_proj again when it loads
+        "mamba2": {"n_heads": 24, "head_dim": 64, "d_state": 128},
+    },
+    "mamba2-tiny": {
+        "d_model": 32, "n_layer": 2, "vocab_size": 96, "layer_types": ("mamba2",) * 2, "family": "mamba2",
+        "rescale_prenorm_residual": False,
+        "mamba2": {"n_heads": 4, "head_dim": 16, "d_state": 16},
+    },
+    "hybrid-220m": {  # as Bamba: mixers and MLPs by turns, one mixer in eight attention
+        "d_model": 768, "n_layer": 32, "vocab_size": 50288,
+        "layer_types": (("mamba2", "mlp") * 4 + ("attention", "mlp") + ("mamba2", "mlp") * 3) * 2,
+        "mamba2": {"n_heads": 24, "head_dim": 64, "d_state": 128},
+        "attention": {"n_heads": 12, "head_dim": 64, "n_kv_heads": 4, "rope_theta": 10000.0},
+        "mlp": {"d_intermediate": 2048},
+    },
+    "hybrid-tiny": {
+        "d_model": 32, "n_layer": 4, "vocab_size": 96, "layer_types": ("mamba2", "mlp", "attention", "mlp"),
+        "mamba2": {"n_heads": 4, "head_dim": 16, "d_state": 16},
+        "attention": {"n_heads": 2, "head_dim": 16, "n_kv_heads": 1}, "mlp": {"d_intermediate": 48},
+    },
+}  # fmt: skip
 """Fields of :class:`mambax.MambaLMConfig`; others have their defaults (d_state 16, d_conv 4, expand 2, tied)."""
 
 SHAPE_FILE = "shape.json"
@@ -36,8 +58,16 @@ def gguf_of(folder: Path, kind: str) -> Path:
 
 
 def matrix_flops(shape: dict[str, Any], length: int) -> int:
-    """Floating-point operations of a model's matrix products over a prompt, the head once."""
+    """Floating-point operations of a model's matrix products over a prompt, the head once.
+
+    Of Mamba-1, or of Mamba-2 in every layer.
+    """
     m = shape["d_model"]
+    if shape.get("mamba2"):
+        o = shape["mamba2"]
+        d = o["n_heads"] * o["head_dim"]
+        per_token = m * (3 * d + 2 * o.get("n_groups", 1) * o["d_state"] + o["n_heads"])
+        return 2 * (length * shape["n_layer"] * per_token + shape["vocab_size"] * m)
     d = round(shape["expand"] * m)
     per_token = 3 * m * d + d * (shape["dt_rank"] + 2 * shape["d_state"]) + shape["dt_rank"] * d
     return 2 * (length * shape["n_layer"] * per_token + shape["vocab_size"] * m)

@@ -113,6 +113,8 @@ class Ops(Protocol):
 
     def silu(self, x: Array) -> Array: ...
 
+    def gelu(self, x: Array) -> Array: ...  # with the error function, which nothing else here gives
+
     def from_numpy(self, array: np.ndarray, *, like: Array | None = None, device: str | None = None) -> Array: ...
 
     # may share memory; bfloat16 comes and goes as ml_dtypes.bfloat16
@@ -230,9 +232,9 @@ class Backend(Ops, Protocol):
         self, layers: Sequence[Any], hidden: Array, states: Sequence[Any]
     ) -> tuple[Array, tuple[Any, ...]] | None: ...
 
-    # One token through a stack of blocks at once: hidden (B, 1, M) and the states of the blocks, to hidden
-    # (B, 1, M) and the states after. The same, within rounding, as calling one block after the other, which is
-    # what the caller does for None: where nothing is gained, and where anything in the stack is not what mambax
+    # One token, or many, through a stack of blocks at once: hidden (B, L, M) and the states of the blocks, to
+    # hidden (B, L, M) and the states after. The same, within rounding, as calling one block after the other, which
+    # is what the caller does for None: where nothing is gained, and where anything in the stack is not what mambax
     # makes (another mixer, a hook, a gradient that is wanted, ...). The states may share one piece of memory.
 
     # --- gradients in less memory ----------------------------------------------------------------------------
@@ -267,6 +269,15 @@ class Backend(Ops, Protocol):
         impl: str = "auto",
     ) -> tuple[Array, Array]: ...  # y (B, L, H, P) in the dtype of x, final state (B, H, P, N) float32
 
+    def gated_rms_norm(
+        self,
+        y: Array,  # (B, L, D)
+        z: Array,  # (B, L, D)
+        weight: Array,  # (D,)
+        groups: int,
+        eps: float,
+    ) -> Array: ...  # (B, L, D) in the dtype of the weight; see mambax.mamba2.gated_rms_norm, the gate first
+
     def attention(
         self,
         q: Array,  # (B, H, L, P)
@@ -275,6 +286,15 @@ class Backend(Ops, Protocol):
         visible: Array,  # (B, L, T) bool
         scale: float,
     ) -> Array: ...  # (B, H, L, P)
+
+    def mixture(
+        self,
+        parts: Mapping[str, Any],
+        formula: Callable[[Any, Array], Array],
+        x: Array,  # (T, M)
+        chosen: Array,  # (T, K) int
+        ratings: Array,  # (T, K)
+    ) -> Array: ...  # (T, M); a mixture of experts: see mambax.experts.mixture
 
     # --- the host edge ---------------------------------------------------------------------------------------
 

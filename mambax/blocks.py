@@ -195,10 +195,15 @@ class Block:
         state: LayerState | None = None,
         mask: Array | None = None,
         boundaries: Array | None = None,
+        added: Array | None = None,
     ) -> tuple[Array, LayerState]:
-        """(B, L, M) to (B, L, M) and the state after the last position; arguments as of the mixer."""
+        """(B, L, M) to (B, L, M) and the state after the last position; arguments as of the mixer.
+
+        ``added`` (B, L, M) is added to what the mixer reads, before its norm, and not to the residual stream.
+        """
         packed = () if boundaries is None else (boundaries,)  # a mixer of one's own need not know packed rows
-        mixed, after = self.mixer(self.norm(hidden), state, mask, *packed)
+        read = hidden if added is None else hidden + self.nn.astype(added, hidden.dtype)
+        mixed, after = self.mixer(self.norm(read), state, mask, *packed)
         if self.residual_in_fp32:
             hidden = at_least_float32(self.nn, hidden)
         if self.residual_multiplier != 1:

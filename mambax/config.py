@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mambax.fields import check_bool, check_choice, check_float, check_int, check_options, fail
-from mambax.options import AttentionOptions, Mamba2Options, MLPOptions, ParallelOptions
+from mambax.options import AttentionOptions, Mamba2Options, MLPOptions, ParallelOptions, SharedOptions
 
 Pooling = Literal["last", "mean", "state"]
 POOLINGS: tuple[Pooling, ...] = ("last", "mean", "state")
@@ -45,10 +45,12 @@ class MambaConfig:
         layer_types: the kind of mixer of each block, n_layer names of ``Block.mixers``; ``"mamba"`` everywhere
             when None. ``"bimamba"`` and ``"bimamba2"`` read whole sequences, in both directions, and with
             ``"_tied"`` after their names they share the projections of the two.
-        mamba2, attention, mlp: the sizes of the blocks of kind ``"mamba2"``, ``"attention"``, and ``"mlp"`` or
-            ``"moe"``; None where there are none.
-        parallel: the factors in blocks of kind ``"parallel"``, which have the sizes of ``mamba2`` and ``attention``;
-            all 1 when None.
+        mamba2, attention, mlp: the sizes of the blocks of kind ``"mamba2"``, of ``"attention"`` or ``"mha"``, and
+            of ``"mlp"``, ``"gated_mlp"`` or ``"moe"``; None where there are none.
+        parallel: the factors in blocks of kind ``"parallel"``, which have the sizes of ``mamba2`` and
+            ``attention``; all 1 when None.
+        shared: where blocks of attention and an MLP are used that have one set of weights for several places, of
+            the sizes of ``attention`` and ``mlp``; None where there are none.
         residual_multiplier: factor on what each block adds to the residual stream.
         family: the family of checkpoints as which the model is written, a name of :data:`mambax.families.FAMILIES`;
             when None, ``"mamba"`` for a model that Mamba-1 checkpoints can describe, else ``"mambax"``.
@@ -84,6 +86,7 @@ class MambaConfig:
     attention: AttentionOptions | None = None
     mlp: MLPOptions | None = None
     parallel: ParallelOptions | None = None
+    shared: SharedOptions | None = None
     residual_multiplier: float = 1.0
     family: str | None = None
     scan: str = "auto"
@@ -115,11 +118,14 @@ class MambaConfig:
         check_options(self, "attention", AttentionOptions)
         check_options(self, "mlp", MLPOptions)
         check_options(self, "parallel", ParallelOptions)
+        check_options(self, "shared", SharedOptions)
+        if self.shared is not None and self.shared.places[-1] >= self.n_layer:
+            fail(self, "shared.places", self.shared.places, f"numbers of blocks below n_layer ({self.n_layer})")
         check_float(self, "residual_multiplier", -1e6, 1e6)
         self._check_layer_types()
         if self.family is None:
             plain = set(self.layer_kinds) == {"mamba"} and self.dt_b_c_norm == "none" and self.unscaled
-            object.__setattr__(self, "family", "mamba" if plain else "mambax")
+            object.__setattr__(self, "family", "mamba" if plain and self.shared is None else "mambax")
         if not isinstance(self.family, str):
             fail(self, "family", self.family, "the name of a family of checkpoints, or None")
         if not isinstance(self.scan, str):

@@ -1,6 +1,7 @@
 """What single blocks remember of the tokens they have read: one named tuple of arrays for each kind of mixer.
 
-Dimensions: B batch, K d_conv, C channels of the convolution, D d_inner, N d_state.
+Dimensions: B batch, K d_conv, C channels of the convolution, D d_inner, N d_state, H heads of keys and values,
+P head_dim, T positions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class LayerState(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-    """The state of an attention mixer; the only one that grows with the tokens.
+    """The state of an attention mixer; it grows with the tokens, as no state without attention does.
 
     Attributes:
         key, value: (B, H, T, P) of every position so far, keys with their rotary embedding, in the dtype of the
@@ -37,12 +38,41 @@ class AttentionState(NamedTuple):
     number: Array
 
 
+class ConvolvedAttentionState(NamedTuple):
+    """The state of an attention mixer with a convolution before it.
+
+    Attributes:
+        key, value, number: as of :class:`AttentionState`; keys and values are those after the convolution.
+        conv: (B, K-1, C) the last inputs of the convolution, in the dtype of the activations.
+    """
+
+    key: Array
+    value: Array
+    number: Array
+    conv: Array
+
+
+class ParallelState(NamedTuple):
+    """The state of a state-space mixer and of an attention mixer beside it.
+
+    Attributes:
+        conv, ssm: as of :class:`LayerState`.
+        key, value, number: as of :class:`AttentionState`.
+    """
+
+    conv: Array
+    ssm: Array
+    key: Array
+    value: Array
+    number: Array
+
+
 class NoState(NamedTuple):
     """The state of a block that remembers nothing, such as an MLP."""
 
 
-KINDS: tuple[type[Any], ...] = (LayerState, AttentionState, NoState)
-"""Every kind of layer state that a file may hold; no two have the same fields."""
+KINDS: tuple[type[Any], ...] = (LayerState, AttentionState, ConvolvedAttentionState, ParallelState, NoState)
+"""Every kind of layer state that a file may hold, each before those with more arrays; all have other fields."""
 
 
 def of_fields(fields: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from mambax.config import MambaConfig
 from mambax.init import Initializer
 from mambax.layer_states import LayerState
 from mambax.options import Mamba2Options
-from mambax.scan import at_least_float32
+from mambax.scan import at_least_float32, scaled
 
 
 def gated_rms_norm(
@@ -139,7 +139,7 @@ class Mamba2Mixer:
         width = options.n_groups * options.d_state
         parts, start = [], 0
         for size, factor in zip((options.d_inner,) * 2 + (width,) * 2 + (options.n_heads,), factors, strict=True):
-            parts.append(projected[..., start : start + size] * factor)
+            parts.append(scaled(self.nn, projected[..., start : start + size], factor))
             start += size
         return self.nn.concat(parts, axis=-1)
 
@@ -148,9 +148,10 @@ class Mamba2Mixer:
         nn, options = self.nn, self.options
         if options.gated_norm == "none":
             return nn.astype(at_least_float32(nn, y) * nn.silu(at_least_float32(nn, z)), y.dtype)
-        norm_first = options.gated_norm == "norm_first"
-        groups, eps = options.n_groups, options.norm_epsilon
-        return gated_rms_norm(nn, y, z, self.norm.weight, groups, eps, norm_first=norm_first)
+        weight, groups, eps = self.norm.weight, options.n_groups, options.norm_epsilon
+        if options.gated_norm == "norm_first":
+            return gated_rms_norm(nn, y, z, weight, groups, eps, norm_first=True)
+        return nn.gated_rms_norm(y, z, weight, groups, eps)
 
     def _check_state(self, state: LayerState, batch: int) -> None:
         options = self.options

@@ -69,6 +69,7 @@ class MambaEncoder:
     nn: ClassVar[Backend]
     gradient_checkpointing: bool = False
     block_cls: ClassVar[Any]
+    shared_cls: ClassVar[Any]
     state_cls: ClassVar[Any]
 
     def __init__(self, config: MambaConfig, *, mixer_cls: Any = None, init: Initializer | None = None) -> None:
@@ -78,6 +79,9 @@ class MambaEncoder:
         self.layers = self.nn.ModuleList(
             [self.block_cls(config, i, mixer_cls=mixer_cls, init=init) for i in range(config.n_layer)]
         )
+        shared = 0 if config.shared is None else config.shared.n_blocks
+        made = [self.shared_cls(config, number, init=init) for number in range(shared)]
+        self.shared_blocks = self.nn.ModuleList(made) if made else None
         self.norm_f = self.nn.RMSNorm(init.full((config.d_model,), 1.0), config.norm_epsilon)
 
     def forward(
@@ -112,7 +116,6 @@ class MambaEncoder:
         mask = None if mask is None else as_mask(nn, mask, hidden)
         check_hidden(self.config, hidden, mask)
         boundaries = as_boundaries(nn, segment_ids, boundaries, mask, hidden)
-        packed = () if boundaries is None else (boundaries,)
         if state is not None and not self.config.causal:
             raise ValueError(
                 "state: expected None, since this model reads sequences from their end too and cannot continue "
@@ -122,20 +125,40 @@ class MambaEncoder:
             state = self.init_state(hidden.shape[0])
         if not isinstance(state, InferenceParams):
             raise ValueError(f"state: expected InferenceParams, found {type(state).__name__}; is it the mask?")
-        state.check(nn.name, len(self.layers), hidden.shape[0])
+        state.check(nn.name, len(self.layers) + len(self._places), hidden.shape[0])
         stepped = None
-        if mask is None and boundaries is None and not self.gradient_checkpointing:
+        if mask is None and boundaries is None and not self._places and not self.gradient_checkpointing:
             stepped = nn.decode_step(self.layers, hidden, state.layers)
         if stepped is None:
-            layers = []
-            for layer, layer_state in zip(self.layers, state.layers, strict=True):
-                run = nn.recomputed(layer) if self.gradient_checkpointing else layer
-                hidden, layer_state = run(hidden, layer_state, mask, *packed)
-                layers.append(layer_state)
-            stepped = hidden, tuple(layers)
+            stepped = self._through_blocks(hidden, state.layers, mask, boundaries)
         hidden, layers = stepped
         seen = self._tokens_seen(state.tokens_seen, hidden.shape[1], mask, boundaries)
         return EncoderOutput(self.norm_f(hidden), self.state_cls(layers, seen))
+
+    def _through_blocks(
+        self, hidden: Array, states: tuple[Any, ...], mask: Array | None, boundaries: Array | None
+    ) -> tuple[Array, tuple[Any, ...]]:
+        """(B, L, M) after the last block, and the states after; those of uses of shared blocks are the last."""
+        original, places, after = hidden, self._places, list(states)
+        packed = () if boundaries is None else (boundaries,)
+        for i, layer in enumerate(self.layers):
+            extra = packed
+            if i in places and self.shared_blocks is not None:
+                use, count = places.index(i), len(self.shared_blocks)
+                place = len(self.layers) + use
+                inputs = hidden, original, use // count, states[place], mask, *packed
+                added, after[place] = self._run(self.shared_blocks[use % count])(*inputs)
+                extra = boundaries, added
+            hidden, after[i] = self._run(layer)(hidden, states[i], mask, *extra)
+        return hidden, tuple(after)
+
+    def _run(self, module: Any) -> Any:
+        """The module, as a function that computes its intermediate results again for the gradient if wanted."""
+        return self.nn.recomputed(module) if self.gradient_checkpointing else module
+
+    @property
+    def _places(self) -> tuple[int, ...]:
+        return () if self.config.shared is None else self.config.shared.places
 
     def _tokens_seen(self, before: Array, length: int, mask: Array | None, boundaries: Array | None) -> Array:
         """How many tokens the state after these positions stands for, (B,) int64."""
@@ -150,8 +173,11 @@ class MambaEncoder:
 
     def init_state(self, batch: int = 1) -> InferenceParams:
         """The state before the first token, for ``batch`` rows."""
-        layers = tuple(layer.mixer.init_state(batch) for layer in self.layers)
-        return self.state_cls(layers, self.nn.zeros((batch,), self.nn.int64, like=self.norm_f.weight))
+        layers = [layer.mixer.init_state(batch) for layer in self.layers]
+        if self.shared_blocks is not None:
+            count = len(self.shared_blocks)
+            layers += [self.shared_blocks[use % count].init_state(batch) for use in range(len(self._places))]
+        return self.state_cls(tuple(layers), self.nn.zeros((batch,), self.nn.int64, like=self.norm_f.weight))
 
 
 class MambaEmbedding:

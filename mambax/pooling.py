@@ -22,6 +22,8 @@ def pooled_size(config: MambaConfig, pooling: Pooling) -> int:
         raise ValueError(
             f"pooling 'state' needs 'mamba' as the last of layer_types, found {config.layer_kinds[-1]!r}"
         )
+    if pooling == "state" and config.shared is not None:
+        raise ValueError("pooling 'state' needs a model without shared blocks; use 'last' or 'mean'")
     return config.d_inner * config.d_state if pooling == "state" else config.d_model
 
 

@@ -43,6 +43,11 @@ def at_least_float32(nn: Ops, x: Array) -> Array:
     return x if x.dtype in (nn.float32, nn.float64) else nn.astype(x, nn.float32)
 
 
+def scaled(nn: Ops, x: Array, factor: float) -> Array:
+    """x times a factor, in the dtype of x, which a plain product with a number may widen; x itself for 1."""
+    return x if factor == 1 else nn.astype(x * factor, x.dtype)
+
+
 def own(nn: Ops, part: Array) -> Array:
     """A copy of a part of an array. A state that kept the part itself would keep the whole array in memory."""
     return nn.astype(part * 1, part.dtype)

@@ -23,7 +23,7 @@ class CacheInfo(NamedTuple):
     """What a state holds.
 
     Attributes:
-        layers: number of blocks.
+        layers: number of blocks, each use of a shared one included.
         batch: number of rows.
         tokens_seen: for each row, how many tokens it has read.
         bytes: memory of its arrays; does not grow with the tokens seen.
@@ -43,7 +43,8 @@ class InferenceParams:
     state costs nothing but its memory, and going back to it is exact.
 
     Args:
-        layers: the state of each block, of the kind that its mixer keeps (see :mod:`mambax.layer_states`).
+        layers: the state of each block, of the kind that its mixer keeps (see :mod:`mambax.layer_states`), and
+            after them that of each use of a shared block.
         tokens_seen: (B,) int64, the tokens each row has read; masked positions do not count.
     """
 

@@ -57,12 +57,12 @@ class Tokenizer:
         """Read the tokenizer files of a checkpoint folder.
 
         Raises:
-            FileNotFoundError: when the folder has no ``tokenizer.json``.
+            FileNotFoundError: when the folder has neither ``tokenizer.json`` nor Mistral's ``tokenizer.model.v3``.
             ValueError: for a file that is not what it should be.
         """
         folder = Path(folder)
-        backend = tokenizer_files.read_backend(folder)
-        config = tokenizer_files.read_config(folder)
+        backend, config = tokenizer_files.read_backend(folder)
+        config |= tokenizer_files.read_config(folder)
         templates = tokenizer_files.read_templates(folder, config.pop("chat_template", None))
         return cls(backend, chat_template=templates, config=config)
 

@@ -6,22 +6,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mambax import sentencepiece_files
+
 if TYPE_CHECKING:
     import tokenizers
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-"""The files of a checkpoint that belong to its tokenizer, as patterns; all but the first may be missing."""
+    from mambax.checkpoint.sources import Source
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model.v3")
+"""The files that a tokenizer may be in, the preferred one first; the second is Mistral's."""
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 
 
-def read_backend(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in ``tokenizer.json``.
+def find(source: Source) -> Path | None:
+    """The folder that the files of a tokenizer are in now; None when the source has no tokenizer."""
+    found = next((path for path in map(source.find, VOCABULARIES) if path is not None), None)
+    if found is None:
+        return None
+    for name in _BESIDE:
+        source.find(name)  # from a repository, into the same folder
+    return found.parent
+
+
+def read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The tokenizer in the first of :data:`VOCABULARIES`, and what is known of its special tokens by that alone.
 
     Raises:
         FileNotFoundError: when there is none.
@@ -29,8 +37,11 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    path = folder / "tokenizer.json"
+    path = folder / VOCABULARIES[0]
     if not path.is_file():
+        other = folder / VOCABULARIES[1]
+        if other.is_file():
+            return sentencepiece_files.read(other)
         found = ", ".join(sorted(p.name for p in folder.glob("*token*"))) or "no tokenizer files"
         raise FileNotFoundError(
             f"{folder}: expected tokenizer.json, found {found}; to make one, load the tokenizer with "
@@ -38,7 +49,7 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
         )
     text = _read_text(path)
     try:
-        return Tokenizer.from_str(text)
+        return Tokenizer.from_str(text), {}
     except Exception as error:
         if type(error) is not Exception:  # the only type that the tokenizers library raises
             raise

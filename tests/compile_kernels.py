@@ -26,6 +26,9 @@ class NoDriver:
         return GPUTarget("cuda", 90, 32)
 
 
+SHARED = 227 << 10
+"""Bytes of shared memory that a program of an H100 can have."""
+
 sizes: dict[str, int] = {}
 run = jit.JITFunction.run
 
@@ -33,8 +36,30 @@ run = jit.JITFunction.run
 def compile_only(self: Any, *arguments: Any, **options: Any) -> Any:
     made = run(self, *arguments, **{**options, "warmup": True})
     name = f"{self.fn.__module__.rpartition('.')[2]}.{self.__name__}"
+    if made.metadata.shared > SHARED:
+        raise ValueError(f"{name} takes {made.metadata.shared} bytes of shared memory; expected at most {SHARED}")
     sizes[name] = max(sizes.get(name, 0), len(made.asm["cubin"]))
     return made
+
+
+def launch_ssd() -> None:
+    """Mamba-2's scan in one segment and in several, products of each precision, with and without each option."""
+    from mambax_torch.kernels import ssd_ops
+
+    one, many, heads = (1, 1), (2, 8), 160
+    for dtype, length, (batch, groups), width, states, options in (
+        (torch.bfloat16, 200, many, 64, 128, {"mask": torch.ones(2, 200) > 0}),
+        (torch.bfloat16, 2000, one, 128, 256, {"boundaries": torch.ones(1, 2000) > 0, "dt_limit": (0.1, 1.0)}),
+        (torch.float32, 100, one, 64, 128, {}),
+        (torch.float16, 100, one, 80, 100, {}),
+    ):
+        x = torch.zeros(batch, length, heads, width, dtype=dtype, requires_grad=True)
+        B, C = (torch.zeros(batch, length, groups, states, dtype=dtype) for _ in range(2))
+        vector = torch.zeros(heads)
+        if options:
+            options |= {"D": vector, "dt_bias": vector, "dt_softplus": True}
+            options["initial_state"] = torch.zeros(batch, heads, width, states, requires_grad=True)
+        ssd_ops.ssd(x, x[..., 0], vector, B, C, **options)[0].sum().backward()
 
 
 def launch_everything() -> None:
@@ -79,5 +104,6 @@ if __name__ == "__main__":
     driver.set_active(NoDriver())  # pyright: ignore[reportArgumentType] that is the point
     jit.JITFunction.run = compile_only
     launch_everything()
+    launch_ssd()
     for name, size in sorted(sizes.items()):
         print(name, size)

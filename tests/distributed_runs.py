@@ -1,6 +1,6 @@
 """A small run in each of several processes, which torchrun or mlx.launch starts, or in one.
 
-python distributed_runs.py BACKEND FOLDER RUN STEPS [stop | resume]
+python distributed_runs.py BACKEND FOLDER RUN STEPS [stop | resume] [field=value of the configuration]...
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from training_runs import Losses, trainer
 
 def main() -> None:
     backend, folder, name, steps, *how = sys.argv[1:]
-    losses, stop, resume = Losses(), how == ["stop"], how == ["resume"]
+    losses, stop, resume = Losses(), "stop" in how, "resume" in how
+    changes: dict[str, Any] = {"micro_batch_size": 1}
+    changes |= {key: json.loads(value) for key, _, value in (text.partition("=") for text in how) if value}
     made = trainer(
         backend, Path(folder) / name, Path(folder), observers=(losses,), steps=int(steps), warmup_steps=1,
-        micro_batch_size=1, schedule="constant",
+        schedule="constant", **changes,
     )  # fmt: skip
     assert made.engine.processes == int(os.environ.get("WORLD_SIZE", os.environ.get("EXPECTED", "1")))
     if stop and made.engine.process == 1:  # what one process is told, all do
-        one_step = made._one_step
+        one_step = made.steps.take
 
-        def interrupted() -> dict[str, Any]:
-            if made.step == 3:
+        def interrupted(step: int) -> tuple[dict[str, Any], int]:
+            if step == 3:
                 signal.raise_signal(signal.SIGINT)
-            return one_step()
+            return one_step(step)
 
-        made._one_step = interrupted
+        made.steps.take = interrupted
     assert made.train(resume=resume).interrupted is stop
     if made.engine.process == 0:
         path = Path(folder) / f"{name}.json"

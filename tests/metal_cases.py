@@ -84,7 +84,7 @@ def scan_values(case: Case) -> dict[str, np.ndarray]:
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     values["A"] = -np.exp(values["A"])
     values["delta"] = values["delta"] - 3 if case.softplus else np.abs(values["delta"]) * 0.1
-    return _narrowed(values, case, ("u", "delta", "B", "C", "z"))
+    return narrowed(values, case, ("u", "delta", "B", "C", "z"))
 
 
 def convolution_values(case: Case) -> dict[str, np.ndarray]:
@@ -95,10 +95,10 @@ def convolution_values(case: Case) -> dict[str, np.ndarray]:
         "bias": (case.channels,), "initial_state": (case.batch, case.states - 1, case.channels),
     }  # fmt: skip
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    return _narrowed(values, case, ("x", "weight", "initial_state"))
+    return narrowed(values, case, ("x", "weight", "initial_state"))
 
 
-def _narrowed(values: dict[str, np.ndarray], case: Case, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def narrowed(values: dict[str, np.ndarray], case: Case, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     mask = flags_of(case).get("mask")
     for name in names:
         values[name] = values[name].astype(numpy_dtype(case.dtype))

@@ -58,8 +58,10 @@ def contenders() -> list[Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of the tiny shape."""
-    path = tmp_path_factory.mktemp("weights") / DRY_RUN.model
-    weights.write(path, DRY_RUN.model)
+    root = tmp_path_factory.mktemp("weights")
+    for shape in (DRY_RUN.model, DRY_RUN.mamba2, DRY_RUN.hybrid):
+        weights.write(root / shape, shape)
+    path = root / DRY_RUN.model
     with contextlib.suppress(Unavailable):
         gguf_files.write(path)
     return path
@@ -313,7 +315,7 @@ def test_bad_arguments_run_nothing(arguments: list[str], message: str, capsys: p
 def test_every_size_of_the_full_plan_can_be_made() -> None:
     context = Context(FULL, 2, NOWHERE, NOWHERE)
     jobs = [job for make in PARTS.values() for group in make(context) for job in group.jobs]
-    assert {job["length"] for job in jobs if job["kind"] == "prefill"} == {512, 2048}
+    assert {job["length"] for job in jobs if job["kind"] == "prefill"} == {512, 2048, 32768}
     assert max(job["length"] for job in jobs if job["kind"] == "forward") == 131072
 
 

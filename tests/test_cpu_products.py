@@ -133,3 +133,21 @@ def test_linear_layers_use_the_faster_one(monkeypatch, ours):
 def test_which_is_faster_is_found_out():
     products.is_fast.cache_clear()
     assert products.is_fast() in (False, True)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_added_to_what_is_there(sizes):
+    rows, inner, columns = sizes
+    a, b, before = normal(rows, inner), normal(columns, inner, seed=1), normal(rows, columns, seed=2)
+    want = a.astype(np.float64) @ b.astype(np.float64).T + before
+    for threads in (1, 2):
+        out = before.copy()
+        assert products.product(a, b, out=out, add=True, threads=threads) is out
+        assert_close(out, want, tolerance=2e-6)
+
+
+def test_adding_needs_something_to_add_to():
+    a, b = normal(4, 3), normal(5, 3)
+    for options in ({}, {"out": np.zeros((4, 5), np.float32), "bias": np.zeros(5, np.float32)}):
+        with pytest.raises(ValueError, match="add=True needs an out"):
+            products.product(a, b, add=True, **options)

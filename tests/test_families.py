@@ -5,6 +5,7 @@ Dimensions: B batch, L length, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from harness import (
 from tolerances import FORWARD, GRADIENT, assert_close, relative_error
 
 import mambax
+from mambax.checkpoint.layouts import read_config
 from mambax.families import named
 from mambax.options import Mamba2Options
 
@@ -46,10 +48,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def logits_of(theirs: Any, ids: np.ndarray) -> np.ndarray:
+    """Of a model whose weights do not change, computed once for all backends."""
+    return _logits_of(theirs, ids.tobytes(), ids.shape).copy()
+
+
+@functools.lru_cache(maxsize=128)
+def _logits_of(theirs: Any, ids: bytes, shape: tuple[int, ...]) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return theirs(torch.from_numpy(ids), use_cache=False).logits.float().numpy()
+        numbers = torch.frombuffer(bytearray(ids), dtype=torch.int64).reshape(shape)
+        return theirs(numbers, use_cache=False).logits.float().numpy()
 
 
 @CASES
@@ -65,17 +74,22 @@ def test_logits_are_those_of_transformers(checkpoints, case, backend):
 @CASES
 @BACKENDS
 def test_greedy_text_is_that_of_transformers(checkpoints, case, backend):
+    folder, theirs = checkpoints(case)
+    prompt = token_ids(1, 9, family_cases.VOCABULARY)[0].tolist()
+    got = mambax.load(folder, backend=backend).generate(prompt, max_new_tokens=64, eos=())
+    assert got.tokens == greedy_tokens(theirs, tuple(prompt), 64)
+
+
+@functools.lru_cache(maxsize=32)
+def greedy_tokens(theirs: Any, prompt: tuple[int, ...], count: int) -> list[int]:
     import torch
 
-    folder, theirs = checkpoints(case)
-    ids = token_ids(1, 9, family_cases.VOCABULARY)
     with torch.no_grad():
-        want = theirs.generate(
-            torch.from_numpy(ids), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
+        tokens = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0,
             use_cache=False,  # with its cache, Mamba-2 in transformers 5.23 forgets time_step_limit
         )  # fmt: skip
-    got = mambax.load(folder, backend=backend).generate(ids[0].tolist(), max_new_tokens=64, eos=())
-    assert got.tokens == want[0, 9:].tolist()
+    return tokens[0, len(prompt) :].tolist()
 
 
 @CASES
@@ -199,8 +213,9 @@ def test_a_planted_error_is_caught(checkpoints, case, backend):
 
 
 @CASES
-def test_the_state_has_the_arrays_that_its_file_is_named_by(checkpoints, case):
-    model = mambax.load(checkpoints(case)[0], backend="numpy")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_state_has_the_arrays_that_its_file_is_named_by(checkpoints, case, dtype):
+    model = mambax.load(checkpoints(case)[0], backend="numpy", dtype=dtype)
     arrays = state_arrays(run(model, token_ids(1, 5, family_cases.VOCABULARY))[1])
     fresh = state_arrays(model.init_state(1))
     assert arrays.keys() == fresh.keys()
@@ -257,7 +272,7 @@ def check_saved_as_mamba2(model: Any, theirs: Any, folder: Path) -> None:
         ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "norm_before_gate is True; only False"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 48}}, "headdim is 48; expected a divisor of"),
         ({"ssm_cfg": {"layer": "Mamba2", "dt_rank": 4}}, "ssm_cfg with dt_rank is not a Mamba-2 model"),
-        ({"attn_layer_idx": [1]}, "attention and MLP blocks are not supported"),
+        ({"attn_layer_idx": [1]}, "attn_cfg: causal is False; only True is supported"),
     ],
 )
 def test_original_mamba2_of_another_kind_is_refused(checkpoints, changes, message, tmp_path):
@@ -265,6 +280,70 @@ def test_original_mamba2_of_another_kind_is_refused(checkpoints, changes, messag
     (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         mambax.load(tmp_path, backend="numpy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mamba_use_mlp": False}, "mamba_use_mlp is False; only True is supported"),
+        ({"attn_layer_indices": [0]}, r"attn_layer_indices is \[0\]; only None is supported"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' or 'swish' is supported"),
+        ({"mamba_rms_norm": "yes"}, "mamba_rms_norm is 'yes'; only False or True is supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling .* is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; only 1.0"),
+        ({"mamba_d_ssm": 57}, "mamba_d_ssm is 57, mamba_n_heads 8 and mamba_d_head 7; expected the first to be"),
+        ({"mlp_multipliers": [1.0]}, r"mlp_multipliers is \[1.0\]; expected 2 numbers"),
+        ({"ssm_multipliers": [1, 1, "a", 1, 1]}, "part_multipliers is .*; expected five numbers"),
+        ({"ssm_in_multiplier": "a"}, "ssm_in_multiplier is 'a'; expected a number from"),
+        ({"time_step_limit": [2, 1]}, "dt_limit is .*; expected two numbers from 0, the smaller first"),
+    ],
+)
+def test_falcon_h1_of_another_kind_is_refused(checkpoints, changes, message):
+    raw = json.loads((checkpoints("falcon_h1")[0] / "config.json").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match=f"the file: .*{message}"):
+        read_config(raw | changes, "the file")
+
+
+def test_falcon_h1_with_factors_in_its_weights_is_refused(checkpoints, tmp_path):
+    """As mlx-lm writes it, which leaves the factors in config.json."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = checkpoints("falcon_h1")[0]
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("conv1d.weight"):
+            tensors[name] = np.ascontiguousarray(tensors[name].swapaxes(1, 2))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="laid out as mlx-lm does it, which multiplies"):
+        mambax.load(tmp_path, backend="numpy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_layer_idx": [2]}, r"attn_layer_idx is \[2\]; expected numbers of layers from 0 to 1"),
+        ({"attn_layer_idx": [1, 1]}, "attn_layer_idx is .*; expected numbers of layers"),
+        ({"d_intermediate": -1}, "d_intermediate is -1; expected a whole number from 0"),
+        ({"attn_cfg": None}, "attn_cfg is None; expected an object"),
+        ({"attn_cfg": {"num_heads": 6}}, "attn_cfg: causal is False; only True is supported"),
+        ({"attn_cfg": {"causal": True}}, "attn_cfg: num_heads is None; expected a whole number from 1"),
+        ({"attn_cfg": {"causal": True, "num_heads": 5}}, "num_heads is 5 without head_dim; expected a divisor"),
+        ({"attn_cfg": {"causal": True, "num_heads": 6, "mlp_dim": 256}}, "mlp_dim is 256; only 0 is supported"),
+        (
+            {"attn_cfg": {"causal": True, "num_heads": 6, "rotary_emb_interleaved": True}},
+            "rotary_emb_interleaved is True; only False is supported",
+        ),
+        ({"attn_cfg": {"causal": True, "num_heads": 6, "rotary_emb_dim": 5}}, "rope_dim is 5; expected an even"),
+        ({"attn_cfg": {"causal": True, "window": 5}}, "attn_cfg with window is not of an MHA layer"),
+        ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "rmsnorm is False; only True is supported"),
+    ],
+)
+def test_mamba2_with_attention_of_another_kind_is_refused(checkpoints, changes, message):
+    raw = json.loads((checkpoints("mamba2attn")[0] / "config.json").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match=f"the file: .*{message}"):
+        read_config(raw | changes, "the file")
 
 
 def test_a_hybrid_of_ones_own_is_saved_and_read(nn, tmp_path):

@@ -23,7 +23,7 @@ pytest.importorskip("benchmarks", reason="needs the source tree")
 
 import torch
 
-from benchmarks import gpu, gpu_commands, gpu_goals, gpu_models, gpu_peers, gpu_report, gpu_scan, results
+from benchmarks import gpu, gpu_commands, gpu_goals, gpu_models, gpu_peers, gpu_report, gpu_scan, gpu_ssd, results
 from benchmarks.contender import Unavailable
 from benchmarks.gpu_context import Context
 from benchmarks.gpu_plans import DRY_RUN, FULL
@@ -66,6 +66,13 @@ def test_the_reference_of_the_scan_catches_an_error() -> None:
     given = gpu_scan.inputs(Context(DRY_RUN, arena()), 1, 9, 8, 4)
     want = gpu_scan.recurrence(given)
     wrong = gpu_scan.recurrence({**given, "delta_bias": given["delta_bias"] + 0.05})
+    assert np.linalg.norm(wrong - want) > 1e-3 * np.linalg.norm(want)
+
+
+def test_the_reference_of_ssd_catches_an_error() -> None:
+    given = gpu_ssd.inputs(Context(DRY_RUN, arena()), 1, 9, (2, 4, 1, 4))
+    want = gpu_ssd.recurrence(given)
+    wrong = gpu_ssd.recurrence({**given, "A": given["A"] * 1.5})
     assert np.linalg.norm(wrong - want) > 1e-3 * np.linalg.norm(want)
 
 
@@ -308,6 +315,19 @@ def test_goals_are_those_of_the_sizes() -> None:
     (goal,) = gpu_goals.goals({"prefill": part_of("prefill", [prefill], bfloat16=1e12)})
     assert goal.found is not None
     assert 0 < goal.found < 1
+
+
+def test_goals_and_limits_of_ssd() -> None:
+    job = {"kind": "forward", "model": "tiny", "batch": 1, "length": 9, "precision": "bfloat16"}
+    work = {"bytes": 20.0, "operations": 300.0}
+    case = Case("ssd", job, [timed("mambax triton", 1e-2, **work), timed("mamba_ssm Triton", 1.1e-2, **work)])
+    part = part_of("ssd", [case], copy=1e4, bfloat16=1e5)
+    (goal,) = gpu_goals.goals({"ssd": part})
+    assert goal.found == pytest.approx(1.1)
+    assert goal.reached
+    page = gpu_report.markdown({"ssd": part}, [])
+    assert "30 % of what the limits allow" in page  # 3 ms of products, 2 ms of copies
+    assert "27 % of what the limits allow" in page
 
 
 def test_a_rival_without_a_time_has_its_reason_in_the_table() -> None:

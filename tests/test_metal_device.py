@@ -1,6 +1,6 @@
 """The GPU kernels of the MLX backend on a real GPU: Apple's by Metal, NVIDIA's by CUDA. Skipped where none is.
 
-Dimensions: B batch, L length, D channels, N d_state, K width of the convolution.
+Dimensions: B batch, L length, D channels, N d_state, K width of the convolution, H heads, P head_dim, G groups.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import metal_ssd
 import numpy as np
 import pytest
 from metal_cases import (
@@ -23,7 +24,7 @@ from metal_cases import (
 
 mx = pytest.importorskip("mlx.core")
 
-from mambax_mlx.kernels import convolution, launch, scan  # noqa: E402
+from mambax_mlx.kernels import convolution, launch, scan, ssd  # noqa: E402
 
 DIALECTS = [
     pytest.param(
@@ -33,6 +34,7 @@ DIALECTS = [
     for name, mark in (("metal", pytest.mark.metal), ("cuda", pytest.mark.gpu))
 ]
 ON_GPU = pytest.mark.parametrize("dialect", DIALECTS)
+LARGE_SSD = metal_ssd.Case(2, 1100, 24, 64, 1, 128, "bfloat16", "mask")
 LARGE = (Case(2, 2100, 300, 16, "bfloat16", "mask"), Case(1, 5000, 200, 16), Case(16, 300, 600, 16))
 
 
@@ -59,6 +61,17 @@ def test_convolution(dialect, case):
     values = convolution_values(case)
     op = partial(convolution.causal_conv1d, getattr(launch, dialect), activation="silu" if case.softplus else None)
     compare(run(op, values, case), expected("convolution", values, case), values, case)
+
+
+@ON_GPU
+@pytest.mark.parametrize("case", [*metal_ssd.SSDS, LARGE_SSD], ids=str)
+def test_ssd(dialect, case):
+    values = metal_ssd.values_of(case)
+    op = partial(ssd.ssd, getattr(launch, dialect), **metal_ssd.options_of(case))
+    got = run(op, values, case)
+    compare(got, metal_ssd.expected(values, case), values, case)
+    for name, array in run(op, values, case).items():
+        np.testing.assert_array_equal(array, got[name], err_msg=name)
 
 
 @ON_GPU

@@ -1,6 +1,6 @@
 """The GPU kernels of the MLX backend, run on the CPU under sanitizers, against a float64 recurrence.
 
-Dimensions: B batch, L length, D channels, N d_state, K width of the convolution.
+Dimensions: B batch, L length, D channels, N d_state, K width of the convolution, H heads, P head_dim.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import metal_ssd
 import ml_dtypes
 import numpy as np
 import pytest
@@ -26,14 +27,16 @@ from metal_cases import (
     scan_values,
 )
 from metal_harness import MISSING, Harness
+from metal_ssd import SSDS
 from tolerances import assert_close
 
 mx = pytest.importorskip("mlx.core")
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-from mambax_mlx.kernels import convolution, launch, scan  # noqa: E402
+from mambax_mlx.kernels import convolution, launch, scan, ssd  # noqa: E402
 
 ALL = [("scan", case) for case in SCANS] + [("convolution", case) for case in CONVOLUTIONS]
+ALL += [("ssd", case) for case in SSDS]
 CASES = pytest.mark.parametrize(("kind", "case"), ALL, ids=[f"{kind}-{case}" for kind, case in ALL])
 EVERYTHING = SCANS[0]
 
@@ -44,24 +47,27 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return request.config.cache.mkdir("mambax-gpu-kernels")  # type: ignore[union-attr]
 
 
-def values_of(kind: str, case: Case) -> dict[str, np.ndarray]:
-    return scan_values(case) if kind == "scan" else convolution_values(case)
+def values_of(kind: str, case: Any) -> dict[str, np.ndarray]:
+    values = {"scan": scan_values, "convolution": convolution_values, "ssd": metal_ssd.values_of}
+    return values[kind](case)
 
 
 @cache
-def wanted(kind: str, case: Case) -> dict[str, np.ndarray]:
-    return expected(kind, values_of(kind, case), case)
+def wanted(kind: str, case: Any) -> dict[str, np.ndarray]:
+    values = values_of(kind, case)
+    return metal_ssd.expected(values, case) if kind == "ssd" else expected(kind, values, case)
 
 
-def call(kind: str, harness: Harness, case: Case) -> dict[str, np.ndarray]:
-    if kind == "scan":
-        op, options = scan.selective_scan, {"delta_softplus": case.softplus}
-    else:
-        op, options = convolution.causal_conv1d, {"activation": "silu" if case.softplus else None}
+def call(kind: str, harness: Harness, case: Any) -> dict[str, np.ndarray]:
+    op, options = {
+        "scan": (scan.selective_scan, {"delta_softplus": case.softplus}),
+        "convolution": (convolution.causal_conv1d, {"activation": "silu" if case.softplus else None}),
+        "ssd": (ssd.ssd, metal_ssd.options_of(case) if kind == "ssd" else {}),
+    }[kind]
     return run(partial(op, harness), values_of(kind, case), case, **options)
 
 
-def check(kind: str, harness: Harness, case: Case) -> dict[str, np.ndarray]:
+def check(kind: str, harness: Harness, case: Any) -> dict[str, np.ndarray]:
     got = call(kind, harness, case)
     compare(got, wanted(kind, case), values_of(kind, case), case)
     return got
@@ -76,15 +82,15 @@ def test_kernels(folder, kind, case):
         np.testing.assert_array_equal(array, again[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("kind", "case"), [("scan", SCANS[0]), ("convolution", CONVOLUTIONS[1])])
+@pytest.mark.parametrize(("kind", "case"), [("scan", SCANS[0]), ("convolution", CONVOLUTIONS[1]), ("ssd", SSDS[1])])
 def test_the_cuda_dialect(folder, kind, case):
     check(kind, Harness(folder, "cuda"), case)
 
 
 def test_every_kernel_is_launched(folder):
-    """By a scan of several chunks, one of a step, and a convolution, with their gradients."""
+    """By a scan of several chunks, one of a step, a convolution, and Mamba-2's scan, with their gradients."""
     harness = Harness(folder)
-    for kind, case in (("scan", SCANS[0]), ("scan", SCANS[7]), ("convolution", CONVOLUTIONS[0])):
+    for kind, case in (("scan", SCANS[0]), ("scan", SCANS[7]), ("convolution", CONVOLUTIONS[0]), ("ssd", SSDS[0])):
         call(kind, harness, case)
     assert {one.kernel for one in harness.launched} == set(launch.KERNELS)
 
@@ -95,6 +101,25 @@ def test_whole_rows_where_channels_fill_the_gpu(folder, monkeypatch):
     check("scan", harness, EVERYTHING)
     assert harness.launched[0].kernel == "scan_output"
     assert harness.launched[0].template["CHUNK"] == 0
+
+
+def test_whole_rows_where_heads_fill_the_gpu(folder, monkeypatch):
+    monkeypatch.setattr(ssd, "ENOUGH_THREADS", 1)
+    harness = Harness(folder)
+    check("ssd", harness, SSDS[2])
+    assert harness.launched[0].kernel == "ssd_output"
+    assert harness.launched[0].template["CHUNK"] == 0
+
+
+def test_strong_decays_and_large_inputs_of_mamba_2(folder):
+    """The gradients of dt and A, found step by step from differences, keep their digits where little is left."""
+    case = SSDS[0]
+    values = dict(values_of("ssd", case))
+    values["A"] = values["A"] * np.array([0.01, 1, 30, 300], np.float32)
+    values["dt"] = values["dt"] + np.array([0, 4, 2, 4], np.float32)
+    values["x"] = values["x"] * np.where(np.arange(case.length) % 40 > 30, 1e3, 1)[:, None, None].astype(np.float32)
+    got = run(partial(ssd.ssd, Harness(folder), **metal_ssd.options_of(case)), values, case)
+    compare(got, metal_ssd.expected(values, case), values, case)
 
 
 def test_broadcast_and_sliced_inputs(folder):
@@ -123,6 +148,14 @@ PLANTED = (
     ("convolution", CONVOLUTIONS[0], "conv_forward", "int place = start - 1;", "int place = start - 2;"),
     ("convolution", CONVOLUTIONS[0], "conv_backward", "beyond < K - 1", "beyond < K - 2"),
     ("convolution", CONVOLUTIONS[1], "conv_backward", "k >= K - known", "k >= K - 1 - known"),
+    ("ssd", SSDS[0], "ssd_output", "t0 < end; t0 += TILE", "t0 < end - 1; t0 += TILE"),
+    ("ssd", SSDS[0], "ssd_chunk", "i = REVERSE ? TILE - 1 - j : j", "i = j"),
+    ("ssd", SSDS[2], "ssd_chunk", "chunk * CHUNK;", "chunk * CHUNK + 1;"),
+    ("ssd", SSDS[0], "scan_combine", "A[ONE_DECAY ? channel : index]", "A[0]"),
+    ("ssd", SSDS[0], "ssd_gradient", "for (int k = 0; k < GROUPS", "for (int k = 1; k < GROUPS"),
+    ("ssd", SSDS[3], "ssd_gradient", "bool adds = number != share", "bool adds = number - 1 != share"),
+    ("ssd", SSDS[0], "ssd_gradient", "chunk + (REVERSE ? 1 : 0)", "chunk + (REVERSE ? 0 : 0)"),
+    ("ssd", SSDS[0], "ssd_decay", "int t = end - 1; t >= start", "int t = end - 1; t > start"),
 )
 
 
@@ -138,7 +171,9 @@ def planted(kernel: str, right: str, wrong: str) -> Any:
     return edit
 
 
-@pytest.mark.parametrize(("kind", "case", "kernel", "right", "wrong"), PLANTED, ids=[one[2] for one in PLANTED])
+@pytest.mark.parametrize(
+    ("kind", "case", "kernel", "right", "wrong"), PLANTED, ids=[f"{one[0]}-{one[2]}" for one in PLANTED]
+)
 def test_a_planted_error_is_caught(folder, kind, case, kernel, right, wrong):
     with pytest.raises(AssertionError):
         check(kind, Harness(folder, edit=planted(kernel, right, wrong)), case)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import metal_ssd
 import numpy as np
 import pytest
 import reference
@@ -21,17 +22,20 @@ from harness import build, config_of, run, token_ids, weights_of
 from metal_cases import CONVOLUTIONS, SCANS, Case, convolution_values, flags_of, scan_values
 from metal_cases import run as run_case
 from metal_harness import MISSING, Harness
+from metal_ssd import SSDS
 from metal_text import checked_by_clang, compiled_by_nvcc, metal_text
 from tolerances import GRADIENT, assert_close
 
 import mambax
+from mambax.options import Mamba2Options
 
 mx = pytest.importorskip("mlx.core")
 
-from mambax_mlx.kernels import convolution, launch, scan  # noqa: E402
+from mambax_mlx.kernels import convolution, launch, scan, ssd  # noqa: E402
 
 nn = mambax.get_backend("mlx")
 VALUES = {name: mx.array(x) for name, x in scan_values(Case(2, 70, 9, 5)).items()}
+DUAL = {name: mx.array(x) for name, x in metal_ssd.values_of(metal_ssd.Case(2, 260, 4, 3, 2, 5)).items()}
 TRACES = pytest.mark.skipif(
     tuple(int(part) for part in nn.version().split(".")[:2]) < (0, 32),
     reason="MLX before 0.32 builds no graph of a Metal kernel without Metal",
@@ -65,12 +69,14 @@ class Recorder:
         return {name: mx.zeros(shape, dtype) for name, (shape, dtype) in call.outputs.items()}
 
 
-def calls_of(*cases: tuple[str, Case]) -> list[launch.Call]:
+def calls_of(*cases: tuple[str, Any]) -> list[launch.Call]:
     """Every launch of the forward and backward passes of some cases."""
     recorder = Recorder()
     for kind, case in cases:
         if kind == "scan":
             run_case(partial(scan.selective_scan, recorder), scan_values(case), case, delta_softplus=case.softplus)
+        elif kind == "ssd":
+            run_case(partial(ssd.ssd, recorder), metal_ssd.values_of(case), case, **metal_ssd.options_of(case))
         else:
             run_case(partial(convolution.causal_conv1d, recorder), convolution_values(case), case)
     return recorder.calls
@@ -82,6 +88,7 @@ def calls_of(*cases: tuple[str, Case]) -> list[launch.Call]:
 @TRACES
 def test_the_harness_writes_what_mlx_writes(capfd, tmp_path, monkeypatch):
     cases = [("scan", SCANS[i]) for i in (0, 1, 4, 7)] + [("convolution", CONVOLUTIONS[i]) for i in (0, 1, 2)]
+    cases += [("ssd", SSDS[i]) for i in (0, 2)]
     calls = {(call.kernel, launch.signature(call), str(call.template)): call for call in calls_of(*cases)}
     assert {call.kernel for call in calls.values()} == set(launch.KERNELS)
     kernels: list[tuple[str, Any]] = []
@@ -114,6 +121,7 @@ def test_the_harness_writes_what_mlx_writes(capfd, tmp_path, monkeypatch):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not found")
 def test_nvcc_compiles_the_cuda_dialect(tmp_path):
     cases = [("scan", SCANS[i]) for i in (0, 1, 7)] + [("convolution", CONVOLUTIONS[i]) for i in (0, 1)]
+    cases += [("ssd", SSDS[i]) for i in (0, 1)]
     calls = {(call.kernel, launch.signature(call), str(call.template)): call for call in calls_of(*cases)}
     ptx = compiled_by_nvcc(list(calls.values()), str(shutil.which("nvcc")), tmp_path / "kernels.ptx")
     assert ptx.count(".entry") == len(calls)
@@ -121,7 +129,7 @@ def test_nvcc_compiles_the_cuda_dialect(tmp_path):
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not found")
 def test_address_spaces_are_kept_apart(monkeypatch):
-    calls = calls_of(("scan", SCANS[0]), ("scan", SCANS[7]), ("convolution", CONVOLUTIONS[0]))
+    calls = calls_of(("scan", SCANS[0]), ("scan", SCANS[7]), ("convolution", CONVOLUTIONS[0]), ("ssd", SSDS[2]))
     for call in calls:
         checked_by_clang(call, [str(shutil.which("clang++"))])
     source = launch.source
@@ -154,7 +162,8 @@ def test_the_graph_of_the_gradient_is_lazy_and_compiles(tmp_path, inside):
         values = dict(zip(names, arrays, strict=True))
         values["u"], _ = convolution.causal_conv1d(record, values["u"], weight, mask=flags)
         y, final = scan.selective_scan(record, **values, mask=flags, delta_softplus=True)
-        return y.sum() + final.sum()
+        dual, last = ssd.ssd(record, **{**DUAL, "x": DUAL["x"] * y.sum()}, dt_softplus=True)
+        return y.sum() + final.sum() + dual.sum() + last.sum()
 
     numbers = list(range(1, len(names) + 1))
     function: Any = {
@@ -177,6 +186,11 @@ def test_what_the_kernels_do_not_have_is_refused():
         mx.eval(mx.grad(lambda u: once(u).sum())(arrays[0]))
     with pytest.raises(NotImplementedError, match="first gradients in reverse mode"):
         mx.jvp(lambda u: op(u, *arrays[1:])[0], [arrays[0]], [arrays[0]])
+    dual = partial(ssd.ssd, Recorder(), **{name: x for name, x in DUAL.items() if name != "x"})
+    with pytest.raises(NotImplementedError, match=r"batch axis .* 'chunked'"):
+        mx.vmap(lambda x: dual(x=x)[0])(mx.stack([DUAL["x"]] * 2))
+    with pytest.raises(NotImplementedError, match="first gradients in reverse mode"):
+        mx.jvp(lambda x: dual(x=x)[0], [DUAL["x"]], [DUAL["x"]])
 
 
 def test_arguments_that_the_kernels_cannot_take_are_refused():
@@ -206,6 +220,15 @@ def test_arguments_that_the_kernels_cannot_take_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             convolution.causal_conv1d(record, x, weight, **options)
+    wide = mx.ones((2, 260, 2, 257))
+    for changes, message in (
+        ({"A": mx.ones((3,))}, r"A is \(3,\); expected \(4,\)"),
+        ({"B": wide, "C": wide, "initial_state": None}, "257; the GPU kernels hold at most 256"),
+        ({"D": mx.ones((4,), mx.int32)}, "int32; the GPU kernels expect float32"),
+        ({"mask": mx.ones((2, 260)), "boundaries": mx.ones((2, 260))}, "expected one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ssd.ssd(record, **(DUAL | changes))
     assert not record.calls
 
 
@@ -236,6 +259,24 @@ def test_auto_takes_the_kernels_of_the_gpu(on_gpu):
     )  # wider than the kernels: MLX's operations
     nn.causal_conv1d(VALUES["u"], mx.ones((9, 1, 9)))
     assert len(on_gpu.launched) == 3
+
+
+def test_auto_takes_the_kernels_for_mamba_2(on_gpu):
+    case = metal_ssd.Case(1, 9, 2, 3, 1, 5)
+    values = metal_ssd.values_of(case)
+    arrays = {name: mx.array(x) for name, x in values.items()}
+    want = metal_ssd.expected(values, case)
+    for impl, kernels in (("auto", 1), ("metal", 1), ("chunked", 0), ("sequential", 0)):
+        on_gpu.launched.clear()
+        y, final = nn.ssd(**arrays, dt_softplus=True, impl=impl)
+        assert_close(np.array(y), want["y"])
+        assert_close(np.array(final), want["final state"])
+        assert [call.kernel for call in on_gpu.launched] == ["ssd_output"] * kernels
+    wide = mx.ones((1, 9, 1, 257))
+    nn.ssd(arrays["x"], arrays["dt"], arrays["A"], wide, wide)  # wider than the kernels: MLX's operations
+    assert len(on_gpu.launched) == 0
+    with pytest.raises(ValueError, match="'cuda' cannot run here: it is not there"):
+        nn.ssd(**arrays, impl="cuda")
 
 
 def test_a_model_by_the_kernels(on_gpu):
@@ -271,6 +312,29 @@ def test_training_by_the_kernels_is_training_by_mlx(on_gpu, monkeypatch):
     assert got.keys() == want.keys()
     for name, array in want.items():
         assert_close(np.array(got[name]), np.array(array), what=name, tolerance=GRADIENT["float32"])
+
+
+def test_a_model_of_mamba_2_by_the_kernels(on_gpu, monkeypatch):
+    """Logits, a state that goes on, and gradients, as without a GPU."""
+    import mlx.nn
+    from mlx.utils import tree_flatten
+
+    sizes = Mamba2Options(n_heads=4, head_dim=5, d_state=6, n_groups=2)
+    config = mambax.MambaLMConfig(d_model=16, n_layer=1, vocab_size=31, layer_types=("mamba2",), mamba2=sizes)
+    model, ids = mambax.from_config(config, backend="mlx", seed=0), token_ids(2, 9) % 31
+
+    def found() -> dict[str, Any]:
+        first, state = run(model, ids[:, :8])
+        last, _ = run(model, ids[:, 8:], state)
+        loss = mlx.nn.value_and_grad(model, lambda: (model(mx.array(ids)).logits.astype(mx.float32) ** 2).sum())
+        gradients = {name: np.array(x) for name, x in tree_flatten(loss()[1])}
+        return {"first": first, "last": last, **gradients}
+
+    got = found()
+    assert {call.kernel for call in on_gpu.launched} >= {name for name in launch.KERNELS if name.startswith("ssd")}
+    monkeypatch.undo()
+    for name, want in found().items():
+        assert_close(got[name], want, what=name, tolerance=GRADIENT["float32"])
 
 
 def test_flags_reach_the_kernels_through_the_ops(on_gpu):

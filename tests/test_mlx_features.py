@@ -17,6 +17,7 @@ from mambax.config import MambaClassificationConfig
 mx = pytest.importorskip("mlx.core")
 import mlx.nn  # noqa: E402
 import mlx.optimizers  # noqa: E402
+from mambax_mlx import module  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 nn = mambax.get_backend("mlx")
@@ -149,6 +150,21 @@ def test_save_and_load_weights(model, tmp_path):
     other.load_weights(path)
     ids = token_ids(2, 5)
     np.testing.assert_array_equal(run(other, ids)[0], run(model, ids)[0])
+
+
+def test_setting_weights_wires_memory_once_on_a_mac(monkeypatch):
+    limits: list[int] = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12345})
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    module._keep_resident.cache_clear()
+    for _ in range(2):
+        build(nn, CONFIG, WEIGHTS)
+    assert limits == [12345]
+    module._keep_resident.cache_clear()
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    build(nn, CONFIG, WEIGHTS)
+    assert limits == [12345]
 
 
 def test_deepcopy(model):

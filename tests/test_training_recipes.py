@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -246,16 +245,3 @@ def test_tokens_are_made_again_when_the_text_has_changed(text, tmp_path):
     text.write_text("other " * 100, encoding="utf-8")
     trainer = setup.build(setup.check(recipe))
     assert trainer.data.dataset.tokens[:6].tobytes() == b"o\0t\0h\0e\0r\0 \0"
-
-
-@needs_backend
-def test_the_example_trains_and_goes_on(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    example = importlib.import_module("train_tiny")
-    small = ["--steps", "2", "--d-model", "8", "--layers", "1", "--batch", "2", "--length", "8", "--vocab", "260"]
-    arguments = ["train_tiny.py", str(text), str(tmp_path / "run"), "--backend", BACKEND, *small]
-    for more in ([], ["--resume"]):
-        monkeypatch.setattr(sys, "argv", arguments + more)
-        example.main()
-        assert "nats per character" in capsys.readouterr().out
-    assert mambax.load(tmp_path / "run" / "model", backend="numpy").config.vocab_size == 260

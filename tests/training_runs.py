@@ -1,10 +1,11 @@
 """Small runs that the tests of training share, and that a child process repeats to be killed in.
 
-python training_runs.py BACKEND FOLDER STEPS [where to be killed]
+python training_runs.py BACKEND FOLDER STEPS [where to be killed, or where the disk is full]
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -12,9 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import mambax
 from mambax.training import Reading, Stream, TokenDataset, Trainer, TrainingConfig, checkpoints, vocabularies
 from mambax.training import write_tokens as write
+from mambax.training.logs import read_log
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 12
 MODEL: dict[str, Any] = {"d_model": 8, "n_layer": 2, "d_state": 4, "d_conv": 3, "dt_rank": 2, "vocab_size": 128}
@@ -54,6 +58,21 @@ def trainer(backend: str, run: Path, data: Path, *, observers: tuple[Any, ...] =
     return Trainer(model, reading, made, run, validation=validation, observers=observers)
 
 
+def weights(model: Any) -> dict[str, np.ndarray]:
+    return {name: model.nn.to_numpy(array).copy() for name, array in model.nn.parameters(model).items()}
+
+
+def losses_of(backend: str, folder: Path, *, resume: bool = False, **changes: Any) -> Losses:
+    """Loss by step of a run that is not killed."""
+    found = Losses()
+    trainer(backend, folder / "run", folder, observers=(found,), **changes).train(resume=resume)
+    return found
+
+
+def logged(run: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_log(run) if "loss" in record}
+
+
 def kill_in_a_write(number: int) -> None:
     """Kill this process in the middle of its ``number``-th checkpoint."""
     flush, written = checkpoints._flush, [0]
@@ -68,6 +87,14 @@ def kill_in_a_write(number: int) -> None:
     checkpoints._flush = flush_or_die
 
 
+def fill_the_disk(size: int) -> None:
+    """Let no file of this process grow beyond a size: the system refuses to write, in the middle of a file."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 def main() -> None:
     backend, folder, steps, *where = sys.argv[1:]
     if where and where[0].startswith("write"):
@@ -76,9 +103,14 @@ def main() -> None:
     def kill_in_a_step(kind: str, record: Mapping[str, Any]) -> None:
         if kind == "step" and where and where[0] == f"step{record['step']}":
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "step" and where and where[0] == f"full{record['step']}":
+            fill_the_disk(5000)
+        if kind == "start" and where and where[0] == "tell":
+            print("started", flush=True)
 
     run = Path(folder) / "run"
-    made = trainer(backend, run, Path(folder), observers=(kill_in_a_step,), steps=int(steps))
+    changes = {key: json.loads(value) for key, _, value in (text.partition("=") for text in where) if value}
+    made = trainer(backend, run, Path(folder), observers=(kill_in_a_step,), steps=int(steps), **changes)
     made.train(resume=made.checkpoints.latest() is not None)
 
 

@@ -112,19 +112,22 @@ def forward(given: Arguments, *, threads: int | None = None) -> np.ndarray:
     return y
 
 
-def backward(given: Arguments, dy: np.ndarray, *, threads: int | None = None) -> Gradients:
+def backward(
+    given: Arguments, dy: np.ndarray, *, dx: np.ndarray | None = None, threads: int | None = None
+) -> Gradients:
     """The gradient of :func:`forward`, the same bits whatever the number of threads.
 
     Args:
         given: what :func:`forward` was given.
         dy: (B, L, D) gradient of its result.
+        dx: (B, L, D) float32, last axis contiguous, where the gradient of x goes; a new array when None.
         threads: as in :func:`forward`.
     """
     batch, length, channels, width = given.sizes
     check_shape("causal_conv1d", "the gradient of y", dy, (batch, length, channels))
     given = given._replace(x=kernel_ready(given.x), initial_state=kernel_ready(given.initial_state))
     dy = kernel_ready(dy)
-    dx = room(batch, length, channels)
+    dx = room(batch, length, channels) if dx is None else dx
     dweight = room(batch, channels, width)
     dbias = room(batch, channels)
     dinitial = None if given.initial_state is None else room(batch, width - 1, channels)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from mambax_cpu.buffers import narrow_room
 from mambax_cpu.compilation import KernelFile
 from mambax_cpu.operands import check_shape, refuse_float64
 from mambax_cpu.threads import default_threads, run
@@ -46,7 +47,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float, *, threads: int 
     check_shape("rms_norm", "weight", weight, x.shape[-1:])
     x = np.require(x, np.float32, ("C", "A"))
     weight = np.require(weight, None, ("C", "A"))
-    out = np.empty(x.shape, weight.dtype)
+    out = narrow_room(weight.dtype, *x.shape)
     count, kernel = x.shape[-1], getattr(_kernels, name)
     places = tuple(array.__array_interface__["data"][0] for array in (x, weight, out))
 

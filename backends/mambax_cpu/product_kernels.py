@@ -72,7 +72,7 @@ def _tile(rows: int) -> Any:
                     sums[i][v].add_incoming(first[i][v], before)
                     sums[i][v].add_incoming(last[i][v], loop)
             again = builder.cbranch(builder.icmp_signed("<", k_next, count), loop, after)
-            _keep_small(builder.module, again)
+            keep_small(builder.module, again)
 
             builder.position_at_end(after)
             for of_row in last:
@@ -101,7 +101,7 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, [a, b, c])
 
 
-def _keep_small(module: Any, branch: Any) -> None:
+def keep_small(module: Any, branch: Any) -> None:
     """Have LLVM not unroll a loop: its body is long enough, and compiling takes three times as long otherwise."""
     disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
     loop = module.add_metadata([ir.Constant(ir.IntType(32), len(module.metadata)), disable])
@@ -113,7 +113,7 @@ _tile_of_all, _tile_of_half, _tile_of_one = _tile(_ROWS), _tile(_HALF), _tile(1)
 
 
 @intrinsic
-def _transpose(typing_context, source, source_row, target, target_row):
+def transpose_square(typing_context, source, source_row, target, target_row):
     """Sixteen rows of sixteen values, transposed: halves, quarters, ... of the square change places."""
 
     def generate(context, builder, signature, args):
@@ -151,7 +151,9 @@ def _pack(b, b_row, b_inner, columns, column, count, panel):  # pragma: no cover
         if j + WIDTH <= columns:
             if b_inner == 1:
                 while k + WIDTH <= count:
-                    _transpose(pointer(b + 4 * (j * b_row + k)), b_row, pointer(here + 4 * k * _COLUMNS), _COLUMNS)
+                    transpose_square(
+                        pointer(b + 4 * (j * b_row + k)), b_row, pointer(here + 4 * k * _COLUMNS), _COLUMNS
+                    )
                     k += WIDTH
             elif b_row == 1:
                 while k < count:
@@ -166,9 +168,9 @@ def _pack(b, b_row, b_inner, columns, column, count, panel):  # pragma: no cover
 
 @kernel
 def multiply(
-    a, a_row, b, b_row, b_inner, out, out_row, bias, rows, columns, inner, group, splits, first, last, scratch
+    a, a_row, b, b_row, b_inner, out, out_row, bias, add, rows, columns, inner, group, splits, first, last, scratch
 ):  # pragma: no cover
-    """Tasks `first` to `last` - 1 of out = a b^T + bias.
+    """Tasks `first` to `last` - 1 of out = a b^T + bias; of out += a b^T where `add` is not 0.
 
     Args:
         a: address of (M, K), with contiguous rows.
@@ -205,10 +207,10 @@ def multiply(
                     target, target_row = place, out_row
                     if wide < _COLUMNS:
                         target, target_row = pointer(edge), _COLUMNS
-                        if block > 0:
+                        if block > 0 or add != 0:
                             _copy(place, out_row, target, target_row, height, wide)
                     start, start_row = target, target_row
-                    if block == 0:
+                    if block == 0 and add == 0:
                         start, start_row = pointer(biases + 4 * (j - low)), 0
                     if height == _ROWS:
                         _tile_of_all(line, a_row, panel, count, start, start_row, target, target_row)
@@ -236,7 +238,7 @@ def transpose(source, source_row, target, rows, columns, first, last):  # pragma
         if i + WIDTH <= rows:
             while j + WIDTH <= columns:
                 place = pointer(target + 4 * (i * columns + j))
-                _transpose(pointer(source + 4 * (j * source_row + i)), source_row, place, columns)
+                transpose_square(pointer(source + 4 * (j * source_row + i)), source_row, place, columns)
                 j += WIDTH
         for row in range(i, min(rows, i + WIDTH)):
             for column in range(j, columns):

@@ -46,6 +46,7 @@ def product(
     bias: np.ndarray | None = None,
     *,
     out: np.ndarray | None = None,
+    add: bool = False,
     threads: int | None = None,
 ) -> np.ndarray:
     """a b^T + bias, (M, N) float32, the same bits whatever the number of threads.
@@ -55,11 +56,14 @@ def product(
         b: (N, K) float32 or narrower.
         bias: (N,) or None.
         out: (M, N) float32 with contiguous rows, which is written; a new array when None.
+        add: add the product to what `out` holds, instead; without a bias.
         threads: how many may work; as many as :func:`mambax_cpu.threads.default_threads` says when None.
 
     Raises:
-        ValueError: for shapes that do not fit, and float64.
+        ValueError: for shapes that do not fit, float64, and `add` without `out` or with a bias.
     """
+    if add and (out is None or bias is not None):
+        raise ValueError("product: add=True needs an out to add to, and takes no bias; add the bias to out before")
     if a.ndim != 2 or b.ndim != 2:
         raise ValueError(f"product: a must be (M, K) and b (N, K), found {a.shape} and {b.shape}")
     (rows, inner), columns = a.shape, b.shape[0]
@@ -73,7 +77,8 @@ def product(
     elif out.dtype != np.float32 or (columns > 1 and out.strides[1] != 4):
         raise ValueError(f"product: out must be float32 with contiguous rows, found {out.dtype} {out.strides}")
     if inner == 0:
-        out[:] = 0 if bias is None else bias
+        if not add:
+            out[:] = 0 if bias is None else bias
         return out
     small = rows * columns * inner < _SMALL
     threads = 1 if small else (default_threads() if threads is None else threads)
@@ -86,7 +91,7 @@ def product(
         scratch = room(product_scratch(group, inner))
         _kernels.multiply(
             addresses[0], strides[0], addresses[1], strides[2], strides[3], addresses[2], strides[4], addresses[3],
-            rows, columns, inner, group, splits, first, last, scratch,
+            int(add), rows, columns, inner, group, splits, first, last, scratch,
         )  # fmt: skip
 
     run(work, -(-columns // (STRIP * group)) * splits, threads)

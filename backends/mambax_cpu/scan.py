@@ -161,6 +161,7 @@ def backward(
     dy: np.ndarray,
     dfinal: np.ndarray | None = None,
     *,
+    dz: np.ndarray | None = None,
     threads: int | None = None,
 ) -> Gradients:
     """The gradient of the scan.
@@ -170,6 +171,7 @@ def backward(
         saved: the states it saved; float32, contiguous.
         dy: (B, L, D) gradient of its first result.
         dfinal: (B, D, N) gradient of its second result; zero when None.
+        dz: (B, L, D) float32, last axis contiguous, where the gradient of z goes; a new array when None.
         threads: as in :func:`forward`.
 
     Returns:
@@ -188,7 +190,10 @@ def backward(
     given = given._replace(u=kernel_ready(given.u), z=kernel_ready(given.z))
     dy, dfinal = kernel_ready(dy), kernel_ready(dfinal)
     du, ddelta = (room(batch, length, channels) for _ in range(2))
-    dz = None if given.z is None else room(batch, length, channels)
+    if given.z is None:
+        dz = None
+    elif dz is None:
+        dz = room(batch, length, channels)
     db, dc = (room(groups, batch * length, states) for _ in range(2))
     da, dinitial = (room(batch, channels, states) for _ in range(2))
     dskip, dbias = (room(batch, channels) for _ in range(2))

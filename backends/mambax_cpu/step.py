@@ -101,6 +101,7 @@ class Stack:
 
     def __init__(self, sizes: Sizes, narrow: str, blocks: Sequence[BlockWeights]) -> None:
         self.sizes = sizes
+        self.narrow = narrow
         self.blocks = blocks
         self._kernel = KERNELS[blocks[0].in_proj.kind, narrow]
         self._spaces: dict[int, deque[_Workspace]] = {}

@@ -21,6 +21,7 @@ def describe() -> Mapping[str, str]:
             "device": str(mx.device_info().get("device_name", "GPU")),
             "selective_scan": scan,
             "causal_conv1d": "MLX's operations" if scan == "chunked" else scan,
+            "ssd": scan,
             "products": "MLX",
             "one token": "compiled by mx.compile",
         }
@@ -32,6 +33,7 @@ def describe() -> Mapping[str, str]:
         "device": f"{platform.processor() or platform.machine()} (CPU)",
         "selective_scan": kernels + inside.format("chunked, and sequential for one token"),
         "causal_conv1d": kernels + inside.format("MLX's operations"),
+        "ssd": kernels + inside.format("chunked, and sequential for one token"),
         "products": by_numpy if products.by_numpy() else "MLX",
         "one token": "blocks of the numpy backend, where no gradient is wanted (in generation)",
     }

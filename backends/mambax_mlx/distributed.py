@@ -8,9 +8,7 @@ Dimensions: B batch, L length.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Collection, Sequence
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -21,16 +19,46 @@ from mambax.state import InferenceParams
 from mambax.training.batches import Batch
 from mambax.training.config import TrainingConfig
 from mambax.training.engine import Part
+from mambax.training.processes import Processes
 from mambax_mlx import training
 
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """One of them is set in a process that was started with others."""
 
 
-def engine_module() -> ModuleType:
-    """This module in one of several processes, else :mod:`mambax_mlx.training`."""
-    several = any(name in os.environ for name in _LAUNCHED) and mx.distributed.init().size() > 1
-    return sys.modules[__name__] if several else training
+def engine_class(config: TrainingConfig) -> type[training.Engine]:
+    """The engine for as many processes as there are.
+
+    Raises:
+        ValueError: for a model that is to be sharded.
+    """
+    if config.distributed == "fsdp":
+        raise ValueError(
+            "training.distributed is 'fsdp', which PyTorch alone has; use backend='torch', or distributed='ddp', "
+            "with which every process of MLX has the whole model"
+        )
+    return Engine if _several() else training.Engine
+
+
+def _several() -> bool:
+    return any(name in os.environ for name in _LAUNCHED) and mx.distributed.init().size() > 1
+
+
+def own_device(device: str) -> str:
+    """The device of this process."""
+    return device
+
+
+def join(device: str) -> Processes:
+    """Meet the processes that ``mlx.launch`` started with this one."""
+    if not _several():
+        return Processes()
+    group = mx.distributed.init()
+
+    def wait() -> None:
+        mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group))
+
+    return Processes(group.rank(), group.size(), wait)
 
 
 class Engine(training.Engine):

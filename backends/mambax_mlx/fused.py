@@ -50,7 +50,7 @@ def selective_scan(
 def _automatic(u: mx.array, A: mx.array, *others: Any) -> str:
     """The implementation for these arguments."""
     arrays = [x for x in others if isinstance(x, mx.array)]
-    dialect = _dialect()
+    dialect = launch.dialect()
     if dialect:
         from mambax_mlx.kernels import scan as on_gpu
 
@@ -63,18 +63,13 @@ def _automatic(u: mx.array, A: mx.array, *others: Any) -> str:
 
 def automatic_on_gpu() -> str:
     """The implementation for more than one token where the CPU's kernels do not run."""
-    return _dialect() or "chunked"
-
-
-def _dialect() -> str:
-    """The dialect of the kernels of MLX's default device; "" on the CPU."""
-    return next((name for name in launch.DIALECTS if not launch.missing(name)), "")
+    return launch.dialect() or "chunked"
 
 
 def causal_conv1d(x: mx.array, weight: mx.array, *args: Any, **options: Any) -> tuple[mx.array, mx.array]:
     """:func:`mambax.convolution.causal_conv1d`, by the kernels of the device where they can run."""
     arrays = [array for array in (weight, *args, *options.values()) if isinstance(array, mx.array)]
-    dialect = _dialect()
+    dialect = launch.dialect()
     if dialect:
         from mambax_mlx.kernels import convolution as on_gpu
 

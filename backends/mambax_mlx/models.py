@@ -6,7 +6,20 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mambax_mlx
-from mambax import attention, bidirectional, blocks, mamba2, mlp, models, state
+from mambax import (
+    attention,
+    bidirectional,
+    blocks,
+    experts,
+    mamba2,
+    mlp,
+    models,
+    official,
+    parallel,
+    shared_blocks,
+    sigmoid_experts,
+    state,
+)
 from mambax.backend import Backend
 from mambax_mlx.layers import Embedding, Linear
 from mambax_mlx.module import Module
@@ -52,11 +65,25 @@ class AttentionMixer(attention.AttentionMixer, Module):
     nn: ClassVar[Backend] = mambax_mlx
 
 
+class MHAMixer(official.MHAMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+
+
+class ParallelMixer(parallel.ParallelMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    ssm_cls = Mamba2Mixer
+    attention_cls = AttentionMixer
+
+
+class GatedMLPMixer(official.GatedMLPMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+
+
 class MLPMixer(mlp.MLPMixer, Module):
     nn: ClassVar[Backend] = mambax_mlx
 
 
-class MoEMixer(mlp.MoEMixer, Module):
+class MoEMixer(experts.MoEMixer, Module):
     nn: ClassVar[Backend] = mambax_mlx
     expert_cls = MLPMixer
 
@@ -65,24 +92,34 @@ class FusedMLP(mlp.FusedMLP, Module):
     nn: ClassVar[Backend] = mambax_mlx
 
 
-class ExpertWeights(mlp.ExpertWeights, Module):
+class ExpertWeights(experts.ExpertWeights, Module):
     nn: ClassVar[Backend] = mambax_mlx
 
 
-class Router(mlp.Router, Module):
+class Router(experts.Router, Module):
     nn: ClassVar[Backend] = mambax_mlx
 
 
-class FusedExperts(mlp.FusedExperts, Module):
+class FusedExperts(experts.FusedExperts, Module):
     nn: ClassVar[Backend] = mambax_mlx
     weights_cls = ExpertWeights
     router_cls = Router
 
 
-class SharedMoEMixer(mlp.SharedMoEMixer, Module):
+class SharedMoEMixer(experts.SharedMoEMixer, Module):
     nn: ClassVar[Backend] = mambax_mlx
     mlp_cls = FusedMLP
     experts_cls = FusedExperts
+
+
+class SigmoidRouter(sigmoid_experts.SigmoidRouter, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+
+
+class SigmoidMoEMixer(sigmoid_experts.SigmoidMoEMixer, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    expert_cls = MLPMixer
+    router_cls = SigmoidRouter
 
 
 class Block(blocks.Block, Module):
@@ -95,15 +132,40 @@ class Block(blocks.Block, Module):
         "bimamba2": BiMamba2Mixer,
         "bimamba2_tied": TiedBiMamba2Mixer,
         "attention": AttentionMixer,
+        "mha": MHAMixer,
+        "parallel": ParallelMixer,
         "mlp": MLPMixer,
+        "gated_mlp": GatedMLPMixer,
         "moe": MoEMixer,
         "shared_moe": SharedMoEMixer,
+        "sigmoid_moe": SigmoidMoEMixer,
     }
+
+
+class Adapter(shared_blocks.Adapter, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+
+
+class SharedAttention(shared_blocks.SharedAttention, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    adapter_cls = Adapter
+
+
+class SharedMLP(shared_blocks.SharedMLP, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    adapter_cls = Adapter
+
+
+class SharedBlock(shared_blocks.SharedBlock, Module):
+    nn: ClassVar[Backend] = mambax_mlx
+    attention_cls = SharedAttention
+    mlp_cls = SharedMLP
 
 
 class MambaEncoder(models.MambaEncoder, Module):
     nn: ClassVar[Backend] = mambax_mlx
     block_cls = Block
+    shared_cls = SharedBlock
     state_cls = InferenceParams
 
 

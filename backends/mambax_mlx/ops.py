@@ -19,7 +19,7 @@ from mambax_mlx.host import default_device, exp, without_gradients
 
 __all__ = [
     "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cos", "cumulative_logsumexp",
-    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
+    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "gelu", "int64",
     "log", "max", "maximum", "name", "no_grad", "silu", "sin", "softplus", "sort", "stack", "stop_gradient", "sum",
     "take_along_axis", "to_numpy", "unstack", "version", "where", "zeros",
 ]  # fmt: skip
@@ -166,6 +166,11 @@ def softplus(x: Array) -> Array:
 def silu(x: Array) -> Array:
     """x times its logistic function."""
     return mlx.nn.silu(x)
+
+
+def gelu(x: Array) -> Array:
+    """x times the normal distribution's function of x."""
+    return mlx.nn.gelu(x)
 
 
 def from_numpy(array: np.ndarray, *, like: Array | None = None, device: str | None = None) -> Array:

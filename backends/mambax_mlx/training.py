@@ -24,6 +24,7 @@ from mambax.training.engine import Part
 from mambax.training.matching import check_arrays
 from mambax.training.process_memory import peak_resident_bytes
 from mambax.training.weights import is_saved, write_weights
+from mambax.training.whole import export_whole, load_whole, save_whole
 from mambax_mlx import ops
 from mambax_mlx.module import parameters
 
@@ -168,6 +169,18 @@ class Engine:
     def save_model(self, folder: Path) -> None:
         """Write the model in Hugging Face layout; of one with adapters, those alone."""
         write_weights(self.model, folder)
+
+    def save(self, folder: Path) -> None:
+        """Write everything from process 0."""
+        save_whole(self, folder)
+
+    def load(self, folder: Path) -> None:
+        """Take it back, in every process."""
+        load_whole(self, folder)
+
+    def export(self, checkpoint: Path, folder: Path) -> None:
+        """Write the model in a checkpoint for use, from process 0."""
+        export_whole(self, checkpoint, folder)
 
     def memory(self) -> int | None:
         """The highest number of bytes that MLX held on a GPU; of the process on the CPU."""

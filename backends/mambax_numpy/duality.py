@@ -1,4 +1,4 @@
-"""The scan of Mamba-2, in NumPy."""
+"""The scan of Mamba-2 and its gated norm, in NumPy: fused CPU kernels up to float32, else the shared forms."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ from typing import Any
 
 import numpy as np
 
-from mambax import scan
+from mambax import mamba2, scan
 from mambax import ssd as duality
 from mambax_numpy import ops
 
 
 def ssd(x: np.ndarray, *args: Any, impl: str = "auto", **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`mambax.ssd.ssd`; chunked up to float32, sequential in float64, which is the reference."""
-    automatic = "sequential" if x.shape[1] == 1 or x.dtype == np.float64 else "chunked"
-    algorithm = scan.choose(impl, automatic, dict.fromkeys(duality.ALGORITHMS, ""))
+    """:func:`mambax.ssd.ssd`; unless named otherwise by the fused kernels up to float32, else sequential."""
+    exact = x.dtype == np.float64
+    reason = "it computes in float32 and the arrays are float64; use 'sequential'" if exact else ""
+    available = {**dict.fromkeys(duality.ALGORITHMS, ""), "cpu": reason}
+    algorithm = scan.choose(impl, "sequential" if exact else "cpu", available)
+    if algorithm == "cpu":
+        from mambax_cpu import ssd as fused
+
+        return fused.ssd(x, *args, **options)
     return duality.ssd(ops, x, *args, algorithm=algorithm, **options)
+
+
+def gated_rms_norm(y: np.ndarray, z: np.ndarray, weight: np.ndarray, groups: int, eps: float) -> np.ndarray:
+    """:func:`mambax.mamba2.gated_rms_norm`, the gate first; by the fused kernels up to float32."""
+    if np.float64 in (y.dtype, z.dtype, weight.dtype):
+        return mamba2.gated_rms_norm(ops, y, z, weight, groups, eps)
+    from mambax_cpu import gated_norm
+
+    return gated_norm.gated_rms_norm(y, z, weight, groups, eps)

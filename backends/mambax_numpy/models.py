@@ -6,7 +6,20 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mambax_numpy
-from mambax import attention, bidirectional, blocks, mamba2, mlp, models, state
+from mambax import (
+    attention,
+    bidirectional,
+    blocks,
+    experts,
+    mamba2,
+    mlp,
+    models,
+    official,
+    parallel,
+    shared_blocks,
+    sigmoid_experts,
+    state,
+)
 from mambax.backend import Backend
 from mambax_numpy.layers import Embedding, Linear
 from mambax_numpy.module import Module
@@ -52,11 +65,25 @@ class AttentionMixer(attention.AttentionMixer, Module):
     nn: ClassVar[Backend] = mambax_numpy
 
 
+class MHAMixer(official.MHAMixer, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
+class ParallelMixer(parallel.ParallelMixer, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    ssm_cls = Mamba2Mixer
+    attention_cls = AttentionMixer
+
+
+class GatedMLPMixer(official.GatedMLPMixer, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
 class MLPMixer(mlp.MLPMixer, Module):
     nn: ClassVar[Backend] = mambax_numpy
 
 
-class MoEMixer(mlp.MoEMixer, Module):
+class MoEMixer(experts.MoEMixer, Module):
     nn: ClassVar[Backend] = mambax_numpy
     expert_cls = MLPMixer
 
@@ -65,24 +92,34 @@ class FusedMLP(mlp.FusedMLP, Module):
     nn: ClassVar[Backend] = mambax_numpy
 
 
-class ExpertWeights(mlp.ExpertWeights, Module):
+class ExpertWeights(experts.ExpertWeights, Module):
     nn: ClassVar[Backend] = mambax_numpy
 
 
-class Router(mlp.Router, Module):
+class Router(experts.Router, Module):
     nn: ClassVar[Backend] = mambax_numpy
 
 
-class FusedExperts(mlp.FusedExperts, Module):
+class FusedExperts(experts.FusedExperts, Module):
     nn: ClassVar[Backend] = mambax_numpy
     weights_cls = ExpertWeights
     router_cls = Router
 
 
-class SharedMoEMixer(mlp.SharedMoEMixer, Module):
+class SharedMoEMixer(experts.SharedMoEMixer, Module):
     nn: ClassVar[Backend] = mambax_numpy
     mlp_cls = FusedMLP
     experts_cls = FusedExperts
+
+
+class SigmoidRouter(sigmoid_experts.SigmoidRouter, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
+class SigmoidMoEMixer(sigmoid_experts.SigmoidMoEMixer, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    expert_cls = MLPMixer
+    router_cls = SigmoidRouter
 
 
 class Block(blocks.Block, Module):
@@ -95,15 +132,40 @@ class Block(blocks.Block, Module):
         "bimamba2": BiMamba2Mixer,
         "bimamba2_tied": TiedBiMamba2Mixer,
         "attention": AttentionMixer,
+        "mha": MHAMixer,
+        "parallel": ParallelMixer,
         "mlp": MLPMixer,
+        "gated_mlp": GatedMLPMixer,
         "moe": MoEMixer,
         "shared_moe": SharedMoEMixer,
+        "sigmoid_moe": SigmoidMoEMixer,
     }
+
+
+class Adapter(shared_blocks.Adapter, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+
+
+class SharedAttention(shared_blocks.SharedAttention, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    adapter_cls = Adapter
+
+
+class SharedMLP(shared_blocks.SharedMLP, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    adapter_cls = Adapter
+
+
+class SharedBlock(shared_blocks.SharedBlock, Module):
+    nn: ClassVar[Backend] = mambax_numpy
+    attention_cls = SharedAttention
+    mlp_cls = SharedMLP
 
 
 class MambaEncoder(models.MambaEncoder, Module):
     nn: ClassVar[Backend] = mambax_numpy
     block_cls = Block
+    shared_cls = SharedBlock
     state_cls = InferenceParams
 
 

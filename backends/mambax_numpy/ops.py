@@ -12,9 +12,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mambax_numpy import normal
+
 __all__ = [
     "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cos", "cumulative_logsumexp",
-    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
+    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "gelu", "int64",
     "log", "max", "maximum", "name", "no_grad", "silu", "sin", "softplus", "sort", "stack", "stop_gradient", "sum",
     "take_along_axis", "to_numpy", "unstack", "version", "where", "zeros",
 ]  # fmt: skip
@@ -153,6 +155,11 @@ def silu(x: Array) -> Array:
     """x times its logistic function, without overflow at either end."""
     small = np.exp(-np.abs(x))
     return x * np.where(x >= 0, 1, small) / (1 + small)
+
+
+def gelu(x: Array) -> Array:
+    """x times the normal distribution's function of x, which is computed in float64."""
+    return (x * normal.distribution(x.astype(np.float64))).astype(x.dtype)
 
 
 def from_numpy(array: Array, *, like: Array | None = None, device: str | None = None) -> Array:

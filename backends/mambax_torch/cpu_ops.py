@@ -48,15 +48,21 @@ def room_like(x: Tensor | None) -> Tensor:
 
 def may_call_directly(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the kernels may be called as they are: plain tensors, no gradient wanted, nothing traced."""
+    return are_plain(tensors) and not want_gradient(tensors)
+
+
+def are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are tensors and nothing made of them, and nothing is being traced."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
-    wanted = torch.is_grad_enabled()
-    for x in tensors:
-        if x is not None and (type(x) not in (Tensor, torch.nn.Parameter) or (wanted and x.requires_grad)):
-            return False
-    return True
+    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def want_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient of one of these is wanted."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 # --- the selective scan --------------------------------------------------------------------------------------

@@ -1,17 +1,16 @@
 """Training in PyTorch in several processes, as ``torchrun`` starts them: DistributedDataParallel.
 
-Each process has the whole model and some of the rows of every batch.
+Each process has the whole model and some of the rows of every batch; in :mod:`mambax_torch.sharded`, a share of it.
 
 Dimensions: B batch, L length.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,17 +19,68 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mambax.state import InferenceParams
 from mambax.training.batches import Batch
+from mambax.training.config import TrainingConfig
 from mambax.training.engine import Part
+from mambax.training.processes import Processes
 from mambax_torch import training
 
 
-def engine_module() -> ModuleType:
-    """This module in one of several processes, else :mod:`mambax_torch.training`."""
+def engine_class(config: TrainingConfig) -> type[training.Engine]:
+    """The engine for as many processes as there are.
+
+    Raises:
+        ValueError: for a model that is to be sharded over a single process.
+    """
+    several = _count() > 1
+    if config.distributed == "fsdp":
+        if not several:
+            raise ValueError(
+                "training.distributed is 'fsdp', which spreads a model over processes, but there is only this one; "
+                "start several, as with torchrun --nproc-per-node=2 -m mambax.cli train ..., or train with "
+                "distributed='ddp'"
+            )
+        from mambax_torch import sharded
+
+        return sharded.Engine
+    return Engine if several else training.Engine
+
+
+def _count() -> int:
+    """How many processes there are."""
     if dist.is_available() and dist.is_initialized():
-        several = dist.get_world_size() > 1
-    else:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return sys.modules[__name__] if several else training
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(device: str) -> str:
+    """The device of this process: of several GPUs, the one whose number torchrun gives it."""
+    return f"cuda:{_own_gpu()}" if device == "cuda" and _count() > 1 else device
+
+
+def _own_gpu() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join(device: str) -> Processes:
+    """Meet the processes that torchrun started with this one.
+
+    Args:
+        device: of this process.
+    """
+    if _count() == 1:
+        return Processes()
+    if not dist.is_initialized():
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        atexit.register(_leave)  # gloo's threads abort a process that ends before they do
+    return Processes(dist.get_rank(), dist.get_world_size(), dist.barrier)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Engine(training.Engine):
@@ -42,21 +92,22 @@ class Engine(training.Engine):
 
     def wrapped(self, model: Any) -> Any:
         """The model in DistributedDataParallel, with the weights of process 0 in every process."""
-        on_gpu = self.device.type == "cuda"
-        own = int(os.environ.get("LOCAL_RANK", "0"))
-        if on_gpu and self.device.index != own:
+        self.meet()
+        return DistributedDataParallel(model)
+
+    def meet(self) -> None:
+        """Find the other processes."""
+        own = _own_gpu()
+        if self.device.type == "cuda" and self.device.index != own:
             raise ValueError(
                 f"the model is on {self.device}, but this process has GPU {own}; load it with device='cuda:{own}', "
                 "the number that torchrun gives in LOCAL_RANK"
             )
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if on_gpu else "gloo")
-        self.process, self.processes = dist.get_rank(), dist.get_world_size()
+        self.process, self.processes, _ = join(str(self.device))
         if self.batch_size < self.processes:
             raise ValueError(
                 f"batch_size is {self.batch_size}; expected at least a row for each process, {self.processes}"
             )
-        return DistributedDataParallel(model)
 
     def accumulate(self, batch: Batch, divisor: float, state: InferenceParams | None, *, last: bool = True) -> Part:
         """Add the gradients of a part of the rows of this process."""

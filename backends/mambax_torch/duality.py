@@ -1,4 +1,4 @@
-"""The scan of Mamba-2, in PyTorch."""
+"""The scan of Mamba-2 and its gated norm, in PyTorch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambax import scan
+from mambax import mamba2, scan
 from mambax import ssd as duality
 from mambax_torch import ops
+from mambax_torch.fused import why_not_cpu_kernels
+from mambax_torch.kernels.devices import why_not_triton_ssd
 
 
-def ssd(x: Tensor, *args: Any, impl: str = "auto", **options: Any) -> tuple[Tensor, Tensor]:
-    """:func:`mambax.ssd.ssd`; chunked unless named otherwise or for a single token."""
-    automatic = "sequential" if x.shape[1] == 1 else "chunked"
-    algorithm = scan.choose(impl, automatic, dict.fromkeys(duality.ALGORITHMS, ""))
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any, impl: str = "auto", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """:func:`mambax.ssd.ssd`. Unless named otherwise: fused kernels on the CPU and, for more than a single token,
+    on NVIDIA GPUs, up to float32; else chunked, or sequential for a single token."""
+    available = dict.fromkeys(duality.ALGORITHMS, "")
+    reason = why_not_cpu_kernels(x).replace("pscan", "chunked")  # which is what it is called here
+    available |= {"cpu": reason, "triton": why_not_triton_ssd(x, B)}
+    if x.is_cuda and not available["triton"] and x.shape[1] != 1:
+        automatic = "triton"
+    elif not available["cpu"]:
+        automatic = "cpu"
+    else:
+        automatic = "sequential" if x.shape[1] == 1 else "chunked"
+    algorithm = scan.choose(impl, automatic, available)
+    if algorithm == "triton":
+        from mambax_torch.kernels import ssd_ops
+
+        return ssd_ops.ssd(x, dt, A, B, *args, **options)
+    if algorithm == "cpu":
+        from mambax_torch import cpu_ssd
+
+        return cpu_ssd.ssd(x, dt, A, B, *args, **options)
     with torch.autocast(x.device.type, enabled=False):  # its products of states stay in float32
-        return duality.ssd(ops, x, *args, algorithm=algorithm, **options)
+        return duality.ssd(ops, x, dt, A, B, *args, algorithm=algorithm, **options)
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """:func:`mambax.mamba2.gated_rms_norm`, the gate first; on the CPU, where nothing asks for a gradient, by the
+    fused kernels up to float32."""
+    from mambax_torch import cpu_ops
+
+    floats = torch.float64 not in (y.dtype, z.dtype, weight.dtype)
+    if not floats or why_not_cpu_kernels(y) or not cpu_ops.may_call_directly((y, z, weight)):
+        return mamba2.gated_rms_norm(ops, y, z, weight, groups, eps)
+    from mambax_cpu import gated_norm
+
+    arrays = map(cpu_ops.shared, (y, z, weight))
+    return ops.from_numpy(gated_norm.gated_rms_norm(*arrays, groups, eps, threads=torch.get_num_threads()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import mambax_cpu
@@ -14,6 +15,9 @@ from torch.autograd import forward_ad
 from mambax import convolution, scan
 from mambax_torch import chunked, ops
 from mambax_torch.kernels.devices import interpreted, missing, why_not_triton
+
+weights_are_freed: ContextVar[bool] = ContextVar("weights_are_freed", default=False)
+"""Whether the memory of weights is given back after use, as FSDP2 does. PyTorch never frees what NumPy has seen."""
 
 
 def scan_implementations() -> Mapping[str, str]:
@@ -35,6 +39,8 @@ def why_not_cpu_kernels(x: Tensor) -> str:
     # Here PyTorch would hand over wrapped tensors without memory, or drop the tangent.
     if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "it cannot run inside torch.func transforms and forward-mode differentiation; use 'pscan'"
+    if weights_are_freed.get():
+        return "FSDP2 frees the memory of weights after use, which NumPy does not allow; use 'pscan'"
     return ""
 
 

@@ -8,7 +8,20 @@ from typing import Any, ClassVar
 from torch.utils._pytree import register_pytree_node
 
 import mambax_torch
-from mambax import attention, bidirectional, blocks, mamba2, mlp, models, state
+from mambax import (
+    attention,
+    bidirectional,
+    blocks,
+    experts,
+    mamba2,
+    mlp,
+    models,
+    official,
+    parallel,
+    shared_blocks,
+    sigmoid_experts,
+    state,
+)
 from mambax.backend import Backend
 from mambax_torch.layers import Embedding, Linear
 from mambax_torch.module import Module
@@ -54,11 +67,25 @@ class AttentionMixer(attention.AttentionMixer, Module):
     nn: ClassVar[Backend] = mambax_torch
 
 
+class MHAMixer(official.MHAMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class ParallelMixer(parallel.ParallelMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    ssm_cls = Mamba2Mixer
+    attention_cls = AttentionMixer
+
+
+class GatedMLPMixer(official.GatedMLPMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
 class MLPMixer(mlp.MLPMixer, Module):
     nn: ClassVar[Backend] = mambax_torch
 
 
-class MoEMixer(mlp.MoEMixer, Module):
+class MoEMixer(experts.MoEMixer, Module):
     nn: ClassVar[Backend] = mambax_torch
     expert_cls = MLPMixer
 
@@ -67,24 +94,34 @@ class FusedMLP(mlp.FusedMLP, Module):
     nn: ClassVar[Backend] = mambax_torch
 
 
-class ExpertWeights(mlp.ExpertWeights, Module):
+class ExpertWeights(experts.ExpertWeights, Module):
     nn: ClassVar[Backend] = mambax_torch
 
 
-class Router(mlp.Router, Module):
+class Router(experts.Router, Module):
     nn: ClassVar[Backend] = mambax_torch
 
 
-class FusedExperts(mlp.FusedExperts, Module):
+class FusedExperts(experts.FusedExperts, Module):
     nn: ClassVar[Backend] = mambax_torch
     weights_cls = ExpertWeights
     router_cls = Router
 
 
-class SharedMoEMixer(mlp.SharedMoEMixer, Module):
+class SharedMoEMixer(experts.SharedMoEMixer, Module):
     nn: ClassVar[Backend] = mambax_torch
     mlp_cls = FusedMLP
     experts_cls = FusedExperts
+
+
+class SigmoidRouter(sigmoid_experts.SigmoidRouter, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class SigmoidMoEMixer(sigmoid_experts.SigmoidMoEMixer, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    expert_cls = MLPMixer
+    router_cls = SigmoidRouter
 
 
 class Block(blocks.Block, Module):
@@ -97,15 +134,40 @@ class Block(blocks.Block, Module):
         "bimamba2": BiMamba2Mixer,
         "bimamba2_tied": TiedBiMamba2Mixer,
         "attention": AttentionMixer,
+        "mha": MHAMixer,
+        "parallel": ParallelMixer,
         "mlp": MLPMixer,
+        "gated_mlp": GatedMLPMixer,
         "moe": MoEMixer,
         "shared_moe": SharedMoEMixer,
+        "sigmoid_moe": SigmoidMoEMixer,
     }
+
+
+class Adapter(shared_blocks.Adapter, Module):
+    nn: ClassVar[Backend] = mambax_torch
+
+
+class SharedAttention(shared_blocks.SharedAttention, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    adapter_cls = Adapter
+
+
+class SharedMLP(shared_blocks.SharedMLP, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    adapter_cls = Adapter
+
+
+class SharedBlock(shared_blocks.SharedBlock, Module):
+    nn: ClassVar[Backend] = mambax_torch
+    attention_cls = SharedAttention
+    mlp_cls = SharedMLP
 
 
 class MambaEncoder(models.MambaEncoder, Module):
     nn: ClassVar[Backend] = mambax_torch
     block_cls = Block
+    shared_cls = SharedBlock
     state_cls = InferenceParams
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cos", "cumulative_logsumexp",
-    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "int64",
+    "cumulative_sum", "devices", "dtype", "evaluate", "exp", "float32", "float64", "from_numpy", "gelu", "int64",
     "log", "max", "maximum", "name", "no_grad", "silu", "sin", "softplus", "sort", "stack", "stop_gradient", "sum",
     "take_along_axis", "to_numpy", "unstack", "version", "where", "zeros",
 ]  # fmt: skip
@@ -112,12 +112,25 @@ def sum(x: Tensor, axis: int) -> Tensor:
 
 def max(x: Tensor, axis: int) -> Tensor:
     """Largest along an axis; NaN if there is one."""
-    return torch.amax(x, axis)
+    return torch.from_numpy(np.max(x.numpy(), axis)) if _best_read_in_place(x) else torch.amax(x, axis)
 
 
 def argmax(x: Tensor, axis: int) -> Tensor:
     """Index of the first largest along an axis."""
-    return torch.argmax(x, axis)
+    return torch.from_numpy(np.argmax(x.numpy(), axis)) if _best_read_in_place(x) else torch.argmax(x, axis)
+
+
+def _best_read_in_place(x: Tensor) -> bool:
+    """Whether to let NumPy look through these values: logits in host memory, say.
+
+    PyTorch's threads would share the work, which takes some microseconds, and then keep the processors busy for
+    milliseconds waiting for more, while the kernels of the next token are at work.
+    """
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in (float32, float64) or x.dim() < 2:
+        return False
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
 def sort(x: Tensor, axis: int) -> Tensor:
@@ -153,6 +166,11 @@ def softplus(x: Tensor) -> Tensor:
 def silu(x: Tensor) -> Tensor:
     """x times its logistic function."""
     return torch.nn.functional.silu(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the normal distribution's function of x."""
+    return torch.nn.functional.gelu(x)
 
 
 def from_numpy(array: np.ndarray, *, like: Tensor | None = None, device: str | None = None) -> Tensor:

@@ -1,4 +1,5 @@
-"""One token through a stack of blocks by the fused CPU kernels, where that means the same as calling the blocks.
+"""Tokens through a stack of blocks by the fused CPU kernels, where that means the same as calling the blocks: one
+for each row, or many.
 
 A stack is examined once. What was found holds as long as its modules, their classes, attributes and hooks, and the
 memory of their tensors are the same, which is looked at before every token.
@@ -114,35 +115,57 @@ def decode_step(
         from mambax_torch import graph_step
 
         return graph_step.decode_step(layers, hidden, states)
-    if torch.compiler.is_compiling() or hidden.shape[1] != 1 or not len(layers) or _watched(hidden):
+    if torch.compiler.is_compiling() or not len(layers) or _watched(hidden):
         return None
-    from mambax_cpu import linear, step
+    from mambax_cpu import linear, prefill, products, step
 
-    from mambax_torch.cpu_ops import may_call_directly
+    from mambax_torch.cpu_ops import are_plain, want_gradient
 
-    batch = hidden.shape[0]
-    if batch > linear.FEW_ROWS:
+    batch, length, _ = hidden.shape
+    few = batch * length <= linear.FEW_ROWS
+    if few != (length == 1):  # of a few tokens in a row, and of very many rows, the blocks are as fast
         return None
     examined, tensors = _examine(layers)
     stack = examined.stack
-    if stack is None or any(examined.hooks) or not may_call_directly([hidden, *tensors]):
+    if stack is None or any(examined.hooks) or not are_plain([hidden, *tensors]):
+        return None
+    if length > 1 and not (prefill.supported(stack) and products.is_fast()):
         return None
     before = _addresses(states, examined, batch, stack.sizes)
     if before is None:
         return None
+    if want_gradient([hidden, *tensors]):
+        return _recorded(layers, hidden, states, stack)
     _, D, N, K, _ = stack.sizes
     conv = torch.empty((len(layers), batch, K - 1, D), dtype=examined.narrow)
     ssm = torch.empty((len(layers), batch, D, N))
-    out = stack.advance(
-        hidden.detach()[:, 0].float().numpy(),
-        step.States(before[0::2], before[1::2]),
-        step.States(_places(conv), _places(ssm)),
-        torch.get_num_threads(),
-    )
+    places = step.States(before[0::2], before[1::2]), step.States(_places(conv), _places(ssm))
+    threads = torch.get_num_threads()
+    if length == 1:
+        out = stack.advance(hidden.detach()[:, 0].float().numpy(), *places, threads)[:, None]
+    else:
+        out = prefill.read(stack, hidden.detach().float().numpy(), *places, threads)
     after = tuple(map(LayerState, conv.unbind(), ssm.unbind()))
     tensors = list(chain.from_iterable(after))
     examined.latest = list(map(ref, tensors)), list(map(Tensor.data_ptr, tensors))
-    return torch.from_numpy(out).to(torch.float32 if examined.wide else hidden.dtype)[:, None], after
+    return torch.from_numpy(out).to(torch.float32 if examined.wide else hidden.dtype), after
+
+
+def _recorded(
+    layers: Sequence[Any], hidden: Tensor, states: Sequence[LayerState], stack: Stack
+) -> tuple[Tensor, tuple[LayerState, ...]] | None:
+    """As :func:`decode_step`, for the gradient; None for one token, other values than float32, and L below K-1."""
+    length = hidden.shape[1]
+    kinds = {matrix.kind for block in stack.blocks for matrix in (block.in_proj, block.x_proj, block.out_proj)}
+    if length == 1 or length < stack.sizes.width - 1 or hidden.dtype != torch.float32 or kinds != {"float32"}:
+        return None
+    from mambax_torch import block_ops
+
+    after = []
+    for block, state in zip(layers, states, strict=True):
+        hidden, state = block_ops.run(block, hidden, state)
+        after.append(state)
+    return hidden, tuple(after)
 
 
 def _watched(hidden: Tensor) -> bool:

@@ -21,6 +21,7 @@ from mambax.training.engine import Part
 from mambax.training.matching import check_arrays
 from mambax.training.process_memory import peak_resident_bytes
 from mambax.training.weights import is_saved, write_weights
+from mambax.training.whole import export_whole, load_whole, save_whole
 from mambax_torch import ops
 
 
@@ -44,11 +45,10 @@ class Engine:
         self.model = model
         for parameter in model.parameters():  # into memory of torch's own, alike in every process
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-        self.parameters = trainable(model)
-        self.device = next(iter(self.parameters.values())).device
-        self.batch_size = config.batch_size
+        self.device = next(iter(model.parameters())).device
+        self.batch_size, self.precision = config.batch_size, config.precision
         self.module = self.wrapped(model)
-        self.precision = config.precision
+        self.parameters = trainable(model)
         model.backbone.gradient_checkpointing = config.gradient_checkpointing
         groups = [
             {"params": [p for n, p in self.parameters.items() if (n in decayed) is decay], "weight_decay": rate}
@@ -92,11 +92,15 @@ class Engine:
 
     def clip_gradients(self, max_norm: float) -> float:
         """Clip to the global norm; the norm before."""
+        return float(self.clipped(max_norm))
+
+    def clipped(self, max_norm: float) -> Tensor:
+        """The same, in the framework."""
         for parameter in self.parameters.values():
             if parameter.grad is None:  # nothing reached it: zero, as in MLX
                 parameter.grad = torch.zeros_like(parameter)
         limit = max_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
 
     def update(self, learning_rate: float) -> None:
         """One step of AdamW."""
@@ -107,10 +111,7 @@ class Engine:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Moments by path, the number of steps, and torch's random states."""
-        found: dict[str, np.ndarray] = {"random.torch": torch.get_rng_state().numpy()}
-        if self.device.type == "cuda":
-            found["random.cuda"] = torch.cuda.get_rng_state(self.device).numpy()
-        steps = 0
+        found, steps = self.random_states(), 0
         for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter)
             if state:
@@ -118,6 +119,20 @@ class Engine:
                 found[f"second.{name}"] = ops.to_numpy(state["exp_avg_sq"])
                 steps = int(state["step"])
         return found | {"step": np.array(steps, np.int64)}
+
+    def random_states(self) -> dict[str, np.ndarray]:
+        """Of torch, on the host and on the device."""
+        found = {"random.torch": torch.get_rng_state().numpy()}
+        if self.device.type == "cuda":
+            found["random.cuda"] = torch.cuda.get_rng_state(self.device).numpy()
+        return found
+
+    def take_random_states(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set what :meth:`random_states` gave."""
+        if "random.torch" in arrays:
+            torch.set_rng_state(ops.from_numpy(arrays["random.torch"]).clone())
+        if "random.cuda" in arrays and self.device.type == "cuda":
+            torch.cuda.set_rng_state(ops.from_numpy(arrays["random.cuda"]).clone(), self.device)
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
@@ -138,14 +153,23 @@ class Engine:
             second.copy_(ops.from_numpy(arrays[f"second.{name}"]))
             step = torch.tensor(float(arrays["step"]), dtype=torch.float32)
             self.optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
-        if "random.torch" in arrays:
-            torch.set_rng_state(ops.from_numpy(arrays["random.torch"]).clone())
-        if "random.cuda" in arrays and self.device.type == "cuda":
-            torch.cuda.set_rng_state(ops.from_numpy(arrays["random.cuda"]).clone(), self.device)
+        self.take_random_states(arrays)
 
     def save_model(self, folder: Path) -> None:
         """Write the model in Hugging Face layout; of one with adapters, those alone."""
         write_weights(self.model, folder)
+
+    def save(self, folder: Path) -> None:
+        """Write everything from process 0."""
+        save_whole(self, folder)
+
+    def load(self, folder: Path) -> None:
+        """Take it back, in every process."""
+        load_whole(self, folder)
+
+    def export(self, checkpoint: Path, folder: Path) -> None:
+        """Write the model in a checkpoint for use, from process 0."""
+        export_whole(self, checkpoint, folder)
 
     def memory(self) -> int | None:
         """The highest number of bytes allocated on the device; of the process on the CPU."""

@@ -50,11 +50,14 @@ class Model:
         self.runner: Runner = RUNNERS[runner](self.folder, **options)
 
     def prepare(self, job: Job) -> Task:
-        """A job of kind prefill (length), decode (batch, steps) or flat (batch, steps in so many windows).
+        """A job of kind prefill (length), decode (batch, steps), flat (batch, steps in so many windows) or reach
+        (steps of a window after so many tokens, for each of the positions).
 
         With compare=False, the logits of a prefill are not compared with the reference, which is another length.
         """
         rng = np.random.default_rng(0)
+        if job["kind"] == "reach":
+            return self._reach(job)
         if job["kind"] == "prefill":
             ids = rng.integers(0, self.vocabulary, job["length"])
             read = self.runner.read if isinstance(self.runner, Mambax) else self.runner.prefill
@@ -93,6 +96,32 @@ class Model:
 
         return Task(run, parts=job["steps"], check=lambda: figures, warm_up=False)
 
+    def _reach(self, job: Job) -> Task:
+        """Steps after prompts of several lengths, which are read as prompts are, and not step by step."""
+        import time
+
+        window, positions = job["window"], job["positions"]
+        figures: dict[str, float] = {}
+
+        def run() -> float:
+            spent = 0.0
+            for position in positions:
+                rng = np.random.default_rng(position)
+                step = self.runner.decoder(rng.integers(0, self.vocabulary, (1, position)))
+                step(window)  # and the prompt before
+                samples = []
+                for _ in range(window):
+                    start = time.perf_counter()
+                    step(1)
+                    samples.append(time.perf_counter() - start)
+                took, spent = float(np.median(samples)), spent + sum(samples)
+                if position == positions[0]:
+                    figures.update(first_step=took, first_resident=memory.resident())
+                figures.update({f"step_after_{position}": took}, last_step=took, last_resident=memory.resident())
+            return spent
+
+        return Task(run, parts=window * len(positions), check=lambda: figures, warm_up=False)
+
 
 class Mambax:
     """mambax through its public interface.
@@ -102,9 +131,12 @@ class Mambax:
         backend: name of the backend.
         dtype: of the weights.
         quantize: ``"int8"``, ``"int4"`` or None.
+        compiled: whether prompts are read through the backend's compiler of whole models.
     """
 
-    def __init__(self, folder: Path, backend: str, dtype: str, quantize: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, backend: str, dtype: str, quantize: str | None = None, compiled: bool = False
+    ) -> None:
         import mambax
 
         if backend == "mlx":
@@ -119,16 +151,20 @@ class Mambax:
             self.model = mambax.load(folder_of(folder, dtype), **options)
         except ImportError as error:
             raise Unavailable(str(error)) from error
+        self.compiled = self.model.nn.compile(self.model) if compiled else None
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """In one call of the model, head of the last position only."""
-        nn = self.model.nn
+        nn, model = self.model.nn, self.model if self.compiled is None else self.compiled
         with nn.no_grad():
-            return nn.to_numpy(self.model(ids[None], logits_to_keep=1).logits)[0, -1]
+            return nn.to_numpy(model(nn.from_numpy(ids[None]), logits_to_keep=1).logits)[0, -1]
 
     def read(self, ids: np.ndarray) -> None:
-        """As a user does: generate one token."""
-        self.model.generate(ids, max_new_tokens=1, eos=())
+        """As a user does: generate one token; or call what was compiled."""
+        if self.compiled is not None:
+            self.prefill(ids)
+        else:
+            self.model.generate(ids, max_new_tokens=1, eos=())
 
     def decoder(self, prompts: np.ndarray) -> Callable[[int], None]:
         """The stream of generate_streaming, sampling and all."""

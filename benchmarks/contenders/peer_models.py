@@ -28,10 +28,12 @@ class Transformers:
     def __init__(self, folder: Path, dtype: str, mambapy: bool = False, compiled: bool = False) -> None:
         self.torch = optional("torch", "torch")
         transformers = optional("transformers", "transformers")
+        options = {}
         if mambapy:
             optional("mambapy", "mambapy")
-        self.model = transformers.MambaForCausalLM.from_pretrained(
-            folder_of(folder, dtype), dtype=getattr(self.torch, dtype), use_mambapy=mambapy
+            options["use_mambapy"] = True  # which only Mamba-1 has
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder_of(folder, dtype), dtype=getattr(self.torch, dtype), **options
         ).eval()
         self.forward = self.torch.compile(self.model) if compiled else self.model
 

@@ -74,7 +74,9 @@ def add_lora(
 
 def _check(model: Any, rank: Any, alpha: Any) -> None:
     if model.adapter is not None:
-        raise ValueError("the model has adapters already; merge them with mambax.merge_adapter, or load it anew")
+        raise ValueError(
+            "the model has adapters already; merge them with mambax.adapters.merge_adapter, or load it anew"
+        )
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank is {rank!r}; expected a whole number from 1")
     real = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)

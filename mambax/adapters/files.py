@@ -86,7 +86,9 @@ def load_adapter(model: Any, folder: str | os.PathLike[str], *, trainable: bool 
         if not (source / name).is_file():
             raise FileNotFoundError(f"{source / name}: no such file; expected a folder with {CONFIG} and {WEIGHTS}")
     if model.adapter is not None:
-        raise ValueError("the model has adapters already; merge them with mambax.merge_adapter, or load it anew")
+        raise ValueError(
+            "the model has adapters already; merge them with mambax.adapters.merge_adapter, or load it anew"
+        )
     config = read_object(source / CONFIG)
     rank, alpha = _check_config(config, source / CONFIG)
     file = SafetensorsFile(source / WEIGHTS)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mambax import scan as scans
+from mambax import tokenizer_files
 from mambax.affine import Affine
 from mambax.backend import Backend
 from mambax.checkpoint.json_files import read_object
@@ -24,7 +25,6 @@ from mambax.checkpoint.weights import open_weights
 from mambax.init import Initializer
 from mambax.registry import default_backend, get_backend
 from mambax.tokenizer import Tokenizer
-from mambax.tokenizer_files import FILES as TOKENIZER_FILES
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all)."""
@@ -102,13 +102,13 @@ def load(
         expected = {name: tuple(array.shape) for name, array in nn.parameters(model).items()}
     else:
         expected = stored_shapes(described, source.name)
-    found, head = match(tensors, expected, described, source.name, packed)
+    found, repeats = match(tensors, expected, described, source.name, packed)
     if dtype is None:
         dtype = main_dtype((item.parameter, item.info.dtype) for item in found if item.parameter not in packed)
         _check_dtype(nn, dtype)
     quantizes = quantize is not None and described.quantization is None
     in_place = not quantizes and _shares_memory(nn, device)
-    model.mappings = _set_weights(nn, model, found, head, dtype, packed, device, in_place, progress)
+    model.mappings = _set_weights(nn, model, found, repeats, dtype, packed, device, in_place, progress)
     if quantizes:
         nn.quantize(model, quantize, group_size)
     model.tokenizer = _tokenizer(source, described, local_files_only)
@@ -207,7 +207,7 @@ def _set_weights(
     nn: Backend,
     model: Any,
     found: list[Found],
-    head: Found | None,
+    repeats: list[Found],
     dtype: str,
     packed: Mapping[str, np.dtype],
     device: str,
@@ -224,8 +224,8 @@ def _set_weights(
     """
     total = sum(item.info.nbytes for item in found)
     done = 0
-    if head is not None:
-        _check_tied(next(item for item in found if item.parameter == TABLE), head)
+    for repeat in repeats:
+        _check_tied(next(item for item in found if item.parameter == repeat.parameter), repeat)
     values = {}
     for item in found:
         wanted = packed.get(item.parameter) or parameter_dtype(item.parameter, dtype, item.info.dtype)
@@ -268,19 +268,25 @@ def _converted(item: Found, dtype: np.dtype, in_place: bool) -> np.ndarray:
     )
 
 
-def _check_tied(table: Found, head: Found) -> None:
-    """A head that is stored although it is the table of embeddings must be equal to it.
+def _check_tied(first: Found, repeat: Found) -> None:
+    """A tensor that is stored although it is a parameter that is stored already must be equal to it.
 
     Digests are compared, so that the two largest tensors of a model are not in memory together.
     """
     import hashlib  # with OpenSSL, megabytes that are seldom needed
 
-    digests = {hashlib.blake2b(item.read().reshape(-1).view(np.uint8).data).digest() for item in (table, head)}
-    if len(digests) > 1 or table.info != head.info:
-        raise ValueError(
-            f"{head.file.path}: {head.name} differs from {table.name}, but config.json says that the head is the "
-            "table of embeddings; if it is not, set tie_word_embeddings (tie_embeddings) to false in config.json"
+    digests = {hashlib.blake2b(item.read().reshape(-1).view(np.uint8).data).digest() for item in (first, repeat)}
+    if len(digests) == 1 and first.info == repeat.info:
+        return
+    why = "they are one block at two places; download the checkpoint again"
+    if first.parameter == TABLE:
+        why = (
+            "the head is the table of embeddings; if it is not, set tie_word_embeddings (tie_embeddings) to false "
+            "in config.json"
         )
+    raise ValueError(
+        f"{repeat.file.path}: {repeat.name} differs from {first.name}, but config.json says that {why}"
+    )
 
 
 def _tokenizer(source: Source, described: Description, local_files_only: bool) -> Tokenizer | None:
@@ -289,7 +295,7 @@ def _tokenizer(source: Source, described: Description, local_files_only: bool) -
         return own
     hint = "To give it text, set model.tokenizer = mambax.Tokenizer.from_pretrained(folder)"
     if not (described.original and described.config.vocab_size in _ORIGINAL_VOCABULARY):
-        _log.info("mambax: %s has no tokenizer.json; the model takes token ids. %s", source.name, hint)
+        _log.info("mambax: %s has no tokenizer; the model takes token ids. %s", source.name, hint)
         return None
     shared = open_source(ORIGINAL_TOKENIZER, local_files_only=local_files_only)
     try:
@@ -304,10 +310,5 @@ def _tokenizer(source: Source, described: Description, local_files_only: bool) -
 
 
 def _tokenizer_files(source: Source) -> Tokenizer | None:
-    first, *others = (name for name in TOKENIZER_FILES if "*" not in name)
-    path = source.find(first)
-    if path is None:
-        return None
-    for name in others:
-        source.find(name)  # from a repository, into the same folder
-    return Tokenizer.from_pretrained(path.parent)
+    folder = tokenizer_files.find(source)
+    return None if folder is None else Tokenizer.from_pretrained(folder)

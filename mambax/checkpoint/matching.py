@@ -9,10 +9,14 @@ import numpy as np
 
 from mambax.checkpoint.layouts import CAUSAL_LM, Description, parameter_name
 from mambax.checkpoint.tensors import FLOATS, TensorFile, TensorInfo
+from mambax.families import named
 
 TABLE, HEAD = "backbone.embeddings.weight", "lm_head.weight"
-KEPT_IN_FLOAT32 = (".A_log", ".D", ".dt_proj.bias", ".dt_bias")
-"""Ends of the names of parameters that are not stored narrower: the recurrence is too sensitive to them."""
+KEPT_IN_FLOAT32 = (".A_log", ".D", ".dt_proj.bias", ".dt_bias", ".e_score_correction_bias")
+"""Ends of the names of parameters that are not stored narrower: the recurrence, or a choice, is too sensitive."""
+
+SHARED = "backbone.shared_blocks."
+"""Begin of the names of parameters that are used at several places, and that files may store at each of them."""
 
 SCALES = (".scales", ".biases")
 """Ends of the names of what goes with packed weights (see :mod:`mambax.affine`): never rounded, to lose nothing."""
@@ -54,7 +58,7 @@ def match(
     described: Description,
     where: str,
     packed: Mapping[str, np.dtype],
-) -> tuple[list[Found], Found | None]:
+) -> tuple[list[Found], list[Found]]:
     """Find the tensor of every parameter.
 
     Args:
@@ -65,34 +69,42 @@ def match(
         packed: the dtypes of those parameters that are quantised; all others are floats.
 
     Returns:
-        The parameters, the largest first; and the head of a model whose head is the table of embeddings, if the
-        checkpoint repeats it.
+        The parameters, the largest first; and tensors that the checkpoint repeats, which have to be equal to those
+        of the same parameter: the head of a model whose head is the table of embeddings, and :data:`SHARED`.
 
     Raises:
         ValueError: listing what is missing, what is too much, and what has another shape or dtype.
     """
     problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEMS}
+    family = named(described.layout or str(described.config.family))
     found: dict[str, Found] = {}
+    repeats: list[Found] = []
     present: set[str] = set()
     for name, file in tensors.items():
         parameter, stored = parameter_name(name, described), file.tensors[name]
         tied = parameter == HEAD and HEAD not in expected and described.architecture == CAUSAL_LM
         shape = expected.get(TABLE if tied else parameter)
-        if shape is None or parameter in present:
+        if shape is None or (parameter in present and not parameter.startswith(SHARED)):
             problems["unexpected"].append(f"{name} {list(stored.shape)}")
         elif not _fits(parameter, stored.shape, shape):
             problems["of another shape"].append(f"{name}: expected {list(shape)}, found {list(stored.shape)}")
+        elif stored.shape != shape and family.folded_by_mlx_lm:
+            raise ValueError(
+                f"{file.path}: {name} is laid out as mlx-lm does it, which multiplies the factors in config.json "
+                f"into the weights of {family.title} and leaves them there too; use the checkpoint it was made from"
+            )
         elif stored.dtype not in ([packed[parameter]] if parameter in packed else FLOATS.values()):
             wanted = packed[parameter].name if parameter in packed else "a float dtype"
             problems["of another dtype"].append(f"{name}: expected {wanted}, found {stored.dtype.name}")
+        elif tied or parameter in present:
+            repeats.append(Found(TABLE if tied else parameter, file, name, TensorInfo(stored.dtype, shape)))
         else:
             found[parameter] = Found(parameter, file, name, TensorInfo(stored.dtype, shape))
         present.add(parameter)
     problems["missing"] = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in present]
     if any(problems.values()):
         raise ValueError(_report(problems, where))
-    head = None if HEAD in expected else found.pop(HEAD, None)
-    return sorted(found.values(), key=lambda item: -item.info.nbytes), head
+    return sorted(found.values(), key=lambda item: -item.info.nbytes), repeats
 
 
 def _fits(parameter: str, shape: Shape, expected: Shape) -> bool:

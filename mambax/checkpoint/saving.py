@@ -52,7 +52,13 @@ def save_pretrained(
     """
     target = Path(folder).expanduser()
     parameters = model.nn.parameters(model)
-    described = _describe(model)
+    described = describe(model)
+    if model.adapter is not None:
+        raise ValueError(
+            "save_pretrained: the model has adapters, which are no part of such a checkpoint; merge them into its "
+            "weights with mambax.adapters.merge_adapter(model), or write them alone with "
+            "mambax.adapters.save_adapter(model, folder)"
+        )
     model.mappings.check()
     described = dataclasses.replace(described, quantization=_quantization(parameters, described))
     checked = _check_parameters(model, parameters, described)
@@ -118,7 +124,12 @@ def convert(
     save_pretrained(model, folder, max_shard_size=max_shard_size)
 
 
-def _describe(model: Any) -> Description:
+def describe(model: Any) -> Description:
+    """What the ``config.json`` of a model says.
+
+    Raises:
+        ValueError: for what is not a whole model of mambax.
+    """
     nn, config = model.nn, model.config
     if isinstance(model, nn.MambaForSequenceClassification) and isinstance(config, MambaClassificationConfig):
         return Description(config, CLASSIFIER, config.pooling)

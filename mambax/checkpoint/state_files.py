@@ -155,12 +155,18 @@ def _belong(seen: TensorInfo, fields: Mapping[str, TensorInfo]) -> bool:
         or any(info.shape[:1] != seen.shape for info in fields.values())
     ):
         return False
+    floats = {name: info for name, info in fields.items() if name != "number"}
+    if {info.dtype for info in floats.values()} - set(FLOATS.values()):
+        return False
     if "number" in fields:
         key, value, number = (fields[name] for name in ("key", "value", "number"))
         shaped = len(key.shape) == 4 and key == value and number.shape == (key.shape[0], key.shape[2])
-        return shaped and number.dtype == np.int64 and key.dtype in FLOATS.values()
-    if {info.dtype for info in fields.values()} - set(FLOATS.values()):
+        if not shaped or number.dtype != np.int64:
+            return False
+    if "conv" in fields and len(fields["conv"].shape) != 3:
         return False
+    if "ssm" not in fields:
+        return True
     conv, ssm = fields["conv"].shape, fields["ssm"].shape
     heads = len(ssm) == 4 and ssm[1] * ssm[2] <= conv[-1]  # Mamba-2: the convolution is over B and C too
-    return len(conv) == 3 and (heads or (len(ssm) == 3 and conv[2] == ssm[1]))
+    return heads or (len(ssm) == 3 and conv[2] == ssm[1])

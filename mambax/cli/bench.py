@@ -46,6 +46,9 @@ def bench(
 ) -> None:
     """Print tokens per second, medians over rounds in which the backends take turns.
 
+    With ``"mlx"`` among the backends named, also what its kernels for GPUs should reach on paper, and what the ops
+    reach here.
+
     Args:
         name: a folder or a repository; None for random weights of the shape of mamba-130m, in float32.
         backends: their names; all that are installed when empty.
@@ -69,6 +72,8 @@ def bench(
             with stderr().status(f"round {number} of {rounds}: {measured.backend}"):
                 measured.round(ids, tokens)
     _show(found, prompt, tokens)
+    if "mlx" in backends:
+        _show_kernels()
 
 
 def _open(name: str | None, backend: str, options: dict[str, Any]) -> Measured:
@@ -114,3 +119,25 @@ def _show(found: Sequence[Measured], prompt: int, tokens: int) -> None:
         )
     Console(highlight=False, soft_wrap=True).print(table)
     note("Medians. Whatever else runs here makes them smaller.")
+
+
+def _show_kernels() -> None:
+    """The estimate of ``docs/gpu-kernels.md``, with a column for this machine."""
+    from mambax_mlx.kernels import estimate, measured
+    from rich.console import Console
+    from rich.table import Table
+
+    with stderr().status("timing the ops of the mlx backend"):
+        rates = measured.rates()
+    head, *rows = estimate.rows()
+    table = Table(box=None, pad_edge=False)
+    for name in [*head, "here"]:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row, estimate.two_digits(rates[row[0]] / 1e9))
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, 100))
+    console.print(
+        "\nOps of the mlx backend, in 10^9 tokens times channels per second, bfloat16. On Apple's GPUs: by"
+    )
+    console.print("the bytes, exponentials and other operations of their kernels, on paper. Here: measured.\n")
+    console.print(table)

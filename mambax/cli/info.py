@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mambax import tokenizer_files
 from mambax.checkpoint.json_files import read_object
 from mambax.checkpoint.layouts import Description, read_config
 from mambax.checkpoint.loading import packed_dtypes, skeleton, stored_shapes, with_layers
@@ -16,13 +19,13 @@ from mambax.checkpoint.sources import Folder, Source, find_config, open_source
 from mambax.checkpoint.weights import open_weights
 from mambax.cli.terminal import size
 from mambax.families import named
+from mambax.generation import PREFILL_CHUNK
 from mambax.registry import get_backend
 
 DTYPES = ("float32", "bfloat16")
-FIELDS = (
-    "d_model", "n_layer", "d_inner", "d_state", "d_conv", "dt_rank", "vocab_size", "tie_embeddings", "num_labels",
-    "use_bias", "use_conv_bias", "norm_epsilon", "residual_in_fp32", "eos_token_id",
-)  # fmt: skip
+FIELDS = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "num_labels", "norm_epsilon", "eos_token_id")
+MAMBA_FIELDS = ("d_inner", "d_state", "d_conv", "dt_rank", "use_bias", "use_conv_bias")
+"""Sizes of the mixers of Mamba-1, which a model without them has too, and which mean nothing there."""
 
 
 def info(name: str, revision: str | None, offline: bool) -> None:
@@ -46,6 +49,8 @@ def info(name: str, revision: str | None, offline: bool) -> None:
     rows = _family(name, described) | _weights(source, described, shapes)
     rows |= {f"size in {dtype}": size(_bytes(shapes, dtype)) for dtype in DTYPES}
     rows |= {f"state per sequence, {dtype}": size(state_bytes(full, dtype)) for dtype in DTYPES}
+    rows |= {f"KV cache per token, {dtype}": size(kv_bytes(full, dtype)) for dtype in DTYPES}
+    rows |= {f"memory to run, {dtype}": _memory(full, shapes, dtype) for dtype in DTYPES}
     rows |= _tokenizer(source)
     out, width = Console(highlight=False, soft_wrap=True), max(map(len, rows))
     for label, value in rows.items():
@@ -55,9 +60,47 @@ def info(name: str, revision: str | None, offline: bool) -> None:
 
 def state_bytes(described: Description, dtype: str) -> int:
     """Bytes of the state of one sequence before its first token, the past of the convolutions in the dtype."""
-    arrays = skeleton(get_backend("numpy"), described).init_state(1).arrays()
-    narrow = parameter_dtype("", dtype).itemsize
-    return sum(array.size * (narrow if ".conv" in name else array.itemsize) for name, array in arrays.items())
+    arrays = _state(described)
+    return sum(array.size * _state_itemsize(name, array, dtype) for name, array in arrays.items())
+
+
+def kv_bytes(described: Description, dtype: str) -> int:
+    """Bytes by which the state of one sequence grows with each token it reads; 0 without attention."""
+    growing = [(name, array) for name, array in _state(described).items() if 0 in array.shape]
+    return sum(
+        math.prod(n for n in array.shape if n) * _state_itemsize(name, array, dtype) for name, array in growing
+    )
+
+
+def memory_bytes(described: Description, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+    """An estimate of the bytes that a model needs for one sequence, beside those of its framework.
+
+    The weights, the state, and the arrays of a chunk of the prompt in the widest block: twice what its linear
+    layers give, in float32.
+    """
+    widths: dict[str, int] = {}
+    for name, shape in shapes.items():
+        block = re.search(r"layers\.\d+\.", name)
+        if block and len(shape) == 2 and name.endswith("weight"):
+            widths[block[0]] = widths.get(block[0], 0) + shape[0]
+    working = PREFILL_CHUNK * 4 * (2 * max(widths.values()) + 4 * described.config.d_model)
+    return _bytes(shapes, dtype) + state_bytes(described, dtype) + working
+
+
+def _memory(described: Description, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> str:
+    growth = kv_bytes(described, dtype)
+    more = f", and {size(growth)} for each token" if growth else ""
+    return f"about {size(memory_bytes(described, shapes, dtype))}{more}"
+
+
+def _state(described: Description) -> dict[str, Any]:
+    return skeleton(get_backend("numpy"), described).init_state(1).arrays()
+
+
+def _state_itemsize(name: str, array: Any, dtype: str) -> int:
+    """Bytes of a number of a state: what the recurrence keeps is float32 whatever the weights are."""
+    follows = name.split(".")[-1] in ("conv_state", "key_state", "value_state")
+    return parameter_dtype("", dtype).itemsize if follows else array.itemsize
 
 
 def _shapes(described: Description) -> dict[str, tuple[int, ...]]:
@@ -74,7 +117,23 @@ def _family(name: str, described: Description) -> dict[str, str]:
     config = described.config
     rows = {"checkpoint": name, "family": named(str(config.family)).title, "architecture": described.architecture}
     rows["layout"] = "original (state-spaces)" if described.original else "Hugging Face"
-    return rows | {field: str(getattr(config, field)) for field in FIELDS if hasattr(config, field)}
+    rows |= {field: str(getattr(config, field)) for field in FIELDS if hasattr(config, field)}
+    kinds = Counter(config.layer_kinds)
+    rows["layers"] = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    if not {"mamba", "bimamba", "bimamba_tied"}.isdisjoint(kinds):
+        rows |= {field: str(getattr(config, field)) for field in MAMBA_FIELDS}
+    for name, options in vars(config).items():
+        if dataclasses.is_dataclass(options):
+            for field in dataclasses.fields(options):
+                value = getattr(options, field.name)
+                if value != field.default:
+                    rows[f"{name}.{field.name}"] = _brief(value)
+    return rows
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _weights(source: Source, described: Description, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -100,12 +159,11 @@ def _weights(source: Source, described: Description, shapes: Mapping[str, tuple[
 def _tokenizer(source: Source) -> dict[str, str]:
     from mambax.checkpoint.loading import ORIGINAL_TOKENIZER
     from mambax.tokenizer import Tokenizer
-    from mambax.tokenizer_files import FILES
 
-    paths = [source.find(file) for file in FILES if "*" not in file]
-    if paths[0] is None:
+    folder = tokenizer_files.find(source)
+    if folder is None:
         return {"tokenizer": f"none here (the original models use that of {ORIGINAL_TOKENIZER})"}
-    tokenizer = Tokenizer.from_pretrained(paths[0].parent)
+    tokenizer = Tokenizer.from_pretrained(folder)
     special: dict[str, Any] = tokenizer.special_tokens
     names = ", ".join(f"{role.removesuffix('_token')} {token!r}" for role, token in special.items())
     template = "yes" if tokenizer.chat_template is not None else "none"

@@ -9,6 +9,7 @@ from typing import Any
 
 from mambax.cli.terminal import bar, note, size
 from mambax.training.card import write_card
+from mambax.training.processes import join
 from mambax.training.progress import Progress
 from mambax.training.recipe import RECIPE, Recipe, parse, parse_assignment, read_file, set_value
 from mambax.training.setup import Checked, build, check
@@ -23,7 +24,7 @@ def train(
     dry_run: bool,
     quiet: bool,
 ) -> bool:
-    """Check a recipe, then run it.
+    """Check a recipe, then run it; of several processes that a launcher started, each calls this.
 
     Args:
         path: the recipe's file; None for flags alone, and when a run is resumed as it was.
@@ -45,16 +46,24 @@ def train(
     if dry_run:
         _show(checked)
         return True
+    world = join(checked.backend, checked.device)
+    quiet = quiet or world.process > 0
     progress = Progress(recipe.training.log_every, quiet=quiet)
     with bar("Reading the text", in_bytes=True, quiet=quiet) as advance:
-        trainer = build(checked, observers=[progress], progress=lambda what, done, total: advance(done, total))
+        trainer = build(
+            checked, world, observers=[progress], progress=lambda what, done, total: advance(done, total)
+        )
     if not quiet:
-        note(f"{checked.backend} on {checked.device}; the run is in {recipe.run}")
+        several = f" ({world.processes} processes, {recipe.training.distributed})" if world.processes > 1 else ""
+        note(f"{checked.backend} on {checked.device}{several}; the run is in {recipe.run}")
     summary = trainer.train(resume=resume)
     if summary.model is None:
-        note(f"interrupted after step {summary.step}; go on with: mambax train --run {recipe.run} --resume")
+        if world.process == 0:
+            how = "mambax train" if world.processes == 1 else "the same launcher and mambax train"
+            note(f"interrupted after step {summary.step}; go on with: {how} --run {recipe.run} --resume")
         return False
-    write_card(trainer, recipe, summary)
+    if world.process == 0:
+        write_card(trainer, recipe, summary)
     if not quiet:
         note(f"model: {summary.model}")
     return True

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mambax.families import bamba, codestral, falcon_mamba, granite, jamba, mamba, mamba2, nemotron_h, own
+from mambax.families import (
+    bamba,
+    codestral,
+    falcon_h1,
+    falcon_mamba,
+    granite,
+    jamba,
+    mamba,
+    mamba2,
+    mamba2attn,
+    nemotron_h,
+    own,
+    zamba2,
+)
 from mambax.families.family import CAUSAL_LM, CLASSIFIER, ENCODER, Family, Fields
 
 __all__ = ["CAUSAL_LM", "CLASSIFIER", "ENCODER", "FAMILIES", "Family", "Fields", "family_of", "named", "supported"]
@@ -17,12 +30,15 @@ FAMILIES: dict[str, Family] = {
         mamba.ORIGINAL,
         falcon_mamba.FALCON_MAMBA,
         mamba2.HUGGING_FACE,
+        mamba2attn.MAMBA2ATTN,  # before the one without attention, whose files look like its own
         mamba2.ORIGINAL,
         codestral.CODESTRAL,
         jamba.JAMBA,
         bamba.BAMBA,
         granite.GRANITE,
         nemotron_h.NEMOTRON_H,
+        falcon_h1.FALCON_H1,
+        zamba2.ZAMBA2,
         own.OWN,
     )
 }

@@ -49,7 +49,10 @@ class Family:
         to_parameter: the path inside mambax of a tensor, from its name in a checkpoint.
         to_checkpoint: the name in a checkpoint that is written, from the path inside mambax.
         original: whether it is the layout of the original package: its tokenizer is named nowhere, and its
-            weights are written in Hugging Face's layout, by ``written_as``.
+            weights are written in Hugging Face's layout, by ``written_as``, where transformers has such a model.
+        folded_by_mlx_lm: whether mlx-lm multiplies factors of the ``config.json`` into the weights that it writes,
+            and leaves the factors in it: such files are refused. They are known by their convolutions, whose
+            weights lie otherwise.
         written_as: name of the family as which models of this one are written; itself when empty.
     """
 
@@ -63,6 +66,7 @@ class Family:
     to_checkpoint: Callable[[str, MambaLMConfig], str] = _same_name
     original: bool = False
     written_as: str = ""
+    folded_by_mlx_lm: bool = False
 
     def written_architecture(self, architecture: str) -> str:
         """The name in ``architectures`` of one of ours.

@@ -1,6 +1,7 @@
 """Mamba-2: Hugging Face's ``mamba2``, and the layout of the original package.
 
 In the original layout ``ssm_cfg`` has ``"layer": "Mamba2"``, and the vocabulary is padded up to a multiple of 16.
+With attention or MLPs it is of the family in :mod:`mambax.families.mamba2attn`.
 """
 
 from __future__ import annotations
@@ -74,11 +75,6 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
 
 def _read_original(raw: Mapping[str, Any], where: str) -> Fields:
     merged = merged_ssm_cfg(raw, _SSM_CFG, _IGNORED, "Mamba-2", where)
-    for name in ("attn_layer_idx", "attn_cfg", "d_intermediate"):
-        if merged.get(name):
-            raise ValueError(
-                f"{where}: {name} is {merged[name]!r}; attention and MLP blocks are not supported here"
-            )
     supported = {
         "rms_norm": (True,), "rmsnorm": (True,), "norm_before_gate": (False,), "D_has_hdim": (False,),
         "d_ssm": (None,), "activation": ("silu", "swish"),

@@ -1,6 +1,6 @@
-"""Nemotron-H: blocks of Mamba-2, attention without positions, and MLPs of the square of relu, in any order.
+"""Nemotron-H: blocks of Mamba-2, attention without positions, MLPs of the square of relu, and mixtures of experts.
 
-``hybrid_override_pattern`` has a letter for each: M, * and -. Its mixtures of experts (E) are not supported.
+They come in any order; ``hybrid_override_pattern`` has a letter for each: M, *, - and E.
 
 Source: ``NemotronHForCausalLM`` of transformers.
 """
@@ -14,7 +14,7 @@ from mambax.config import MambaLMConfig
 from mambax.families.family import CAUSAL_LM, Family, Fields
 from mambax.families.pairs import head_dim, whole_numbers
 from mambax.families.translation import agreed, refuse, require, spelled_fields
-from mambax.options import AttentionOptions, Mamba2Options, MLPOptions
+from mambax.options import AttentionOptions, Mamba2Options, MLPOptions, SigmoidMoEOptions
 
 MODEL_TYPE = "nemotron_h"
 SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -25,9 +25,10 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "residual_in_fp32": ("residual_in_fp32",),
 }
 _NUMBERS = {
-    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 21504, "mamba_num_heads": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_num_heads": 128,
     "mamba_head_dim": 64, "ssm_state_size": 128,
 }  # fmt: skip
+_WIDTH = {"intermediate_size": 21504}
 _RENAMED = {
     "n_groups": ("n_groups", "mamba_n_groups"),
     "d_conv": ("conv_kernel", "mamba_d_conv"),
@@ -38,10 +39,14 @@ _RENAMED = {
 _NO_LEAST_DT = 1e-9
 """``time_step_min`` of saved files whose dt has no lower limit: NVIDIA's code initialises with it alone, but that
 of transformers 5 takes it for the lower limit of dt, with 0.001 when it is missing; its logarithm must exist."""
-_LETTERS = {"M": "mamba2", "*": "attention", "-": "mlp"}
+_EXPERTS = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 7688,
+    "moe_shared_expert_intermediate_size": 7688, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+_LETTERS = {"M": "mamba2", "*": "attention", "-": "mlp", "E": "sigmoid_moe"}
 _KINDS = {
     "mamba": "mamba2", "linear_attention": "mamba2", "attention": "attention", "full_attention": "attention",
-    "mlp": "mlp",
+    "mlp": "mlp", "moe": "sigmoid_moe",
 }  # fmt: skip
 
 
@@ -59,10 +64,45 @@ def _kinds(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(table[kind] for kind in named)
 
 
+def _mlp(raw: Mapping[str, Any], experts: bool, where: str) -> MLPOptions:
+    """The options of the MLPs, and of the experts where there are some.
+
+    The MLP beside experts has the width that is named for it, however many ``n_shared_experts`` says it stands for:
+    so it is in transformers, and one is what every public model has.
+    """
+    options: dict[str, Any] = {}
+    try:
+        if experts:
+            refuse(raw, {"n_shared_experts": (1,), "norm_topk_prob": (True, False)}, where)
+            number, latent = whole_numbers(raw, _EXPERTS, where), raw.get("moe_latent_size")
+            options = {
+                "d_shared": number["moe_shared_expert_intermediate_size"],
+                "n_experts": number["n_routed_experts"],
+                "n_experts_per_token": number["num_experts_per_tok"],
+                "sigmoid_moe": SigmoidMoEOptions(
+                    d_expert=number["moe_intermediate_size"],
+                    d_latent=0 if latent is None else latent,
+                    n_groups=number["n_group"],
+                    n_groups_per_token=number["topk_group"],
+                    normalised=raw.get("norm_topk_prob", True),
+                    scale=raw.get("routed_scaling_factor", 1.0),
+                ),
+            }
+        return MLPOptions(
+            d_intermediate=whole_numbers(raw, _WIDTH, where)["intermediate_size"],
+            activation="relu2",
+            gated=False,
+            use_bias=raw.get("mlp_bias", False),
+            **options,
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+
+
 def _read(raw: Mapping[str, Any], where: str) -> Fields:
     supported = {
         "mamba_hidden_act": ("silu", "swish"), "mlp_hidden_act": ("relu2",), "sliding_window": (None,),
-        "attention_bias": (False,),
+        "attention_bias": (False,), "num_nextn_predict_layers": (0, None),
     }  # fmt: skip
     refuse(raw, supported, where)
     kinds = _kinds(raw, where)
@@ -94,12 +134,7 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
             head_dim=width,
             n_kv_heads=number["num_key_value_heads"],
         ),
-        "mlp": MLPOptions(
-            d_intermediate=number["intermediate_size"],
-            activation="relu2",
-            gated=False,
-            use_bias=raw.get("mlp_bias", False),
-        ),
+        "mlp": _mlp(raw, "sigmoid_moe" in kinds, where),
     }
     fields.spelled["n_layer"] = "layers_block_type"
     return fields
@@ -109,10 +144,23 @@ def _write(config: MambaLMConfig) -> dict[str, Any]:
     attention, mamba2, mlp = config.attention, config.mamba2, config.mlp
     if attention is None or mamba2 is None or mlp is None:
         raise ValueError("a Nemotron-H checkpoint cannot hold a model without attention, mamba2 and mlp options")
-    theirs = {"mamba2": "mamba", "attention": "attention", "mlp": "mlp"}
+    theirs = {"mamba2": "mamba", "attention": "attention", "mlp": "mlp", "sigmoid_moe": "moe"}
     raw: dict[str, Any] = {"model_type": MODEL_TYPE, "mamba_hidden_act": "silu", "mlp_hidden_act": "relu2"}
     raw |= {names[0]: getattr(config, field) for field, names in SPELLINGS.items()}
     raw |= {names[0]: getattr(mamba2, field) for field, names in _RENAMED.items()}
+    if (experts := mlp.sigmoid_moe) is not None:
+        raw |= {
+            "n_routed_experts": mlp.n_experts,
+            "num_experts_per_tok": mlp.n_experts_per_token,
+            "n_shared_experts": 1,
+            "moe_shared_expert_intermediate_size": mlp.d_shared,
+            "moe_intermediate_size": experts.d_expert,
+            "moe_latent_size": experts.d_latent or None,
+            "n_group": experts.n_groups,
+            "topk_group": experts.n_groups_per_token,
+            "norm_topk_prob": experts.normalised,
+            "routed_scaling_factor": experts.scale,
+        }
     return raw | {
         "layers_block_type": [theirs.get(kind, kind) for kind in config.layer_kinds],
         "time_step_limit": list(mamba2.dt_limit),

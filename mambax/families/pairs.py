@@ -42,7 +42,8 @@ class LayerPairs:
         for i, kind in enumerate(kinds):
             if self.mixers[kind] == first:
                 return f"backbone.layers.{2 * layer + i}.mixer.{inside}"
-            if i == len(kinds) - 1 and not self.mixers[kind]:
+        for i, kind in enumerate(kinds):
+            if not self.mixers[kind]:
                 return f"backbone.layers.{2 * layer + i}.mixer.{first}.{inside}"
         return name
 

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from mambax.training.batches import Batch, EvaluationData, TrainingData
     from mambax.training.config import TrainingConfig
     from mambax.training.evaluation import Evaluation, evaluate
+    from mambax.training.gathering import gather_checkpoint
     from mambax.training.labelled import LabelledRows
     from mambax.training.progress import Progress
     from mambax.training.schedules import Schedule
+    from mambax.training.steps import NotFinite
     from mambax.training.token_data import Documents, Reading, Stream, Windows
     from mambax.training.token_files import TokenDataset, write_tokens
-    from mambax.training.trainer import NotFinite, Summary, Trainer
+    from mambax.training.trainer import Summary, Trainer
 
 _HOMES = {
     "Batch": "batches",
@@ -25,6 +27,7 @@ _HOMES = {
     "TrainingConfig": "config",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
+    "gather_checkpoint": "gathering",
     "LabelledRows": "labelled",
     "Progress": "progress",
     "Schedule": "schedules",
@@ -34,7 +37,7 @@ _HOMES = {
     "Windows": "token_data",
     "TokenDataset": "token_files",
     "write_tokens": "token_files",
-    "NotFinite": "trainer",
+    "NotFinite": "steps",
     "Summary": "trainer",
     "Trainer": "trainer",
 }
@@ -59,6 +62,7 @@ __all__ = [
     "Windows",
     "corpus",
     "evaluate",
+    "gather_checkpoint",
     "vocabularies",
     "write_tokens",
 ]

@@ -47,6 +47,11 @@ class Batch:
         return len(self.input_ids)
 
     @property
+    def length(self) -> int:
+        """L."""
+        return self.input_ids.shape[1]
+
+    @property
     def items(self) -> int:
         """How many losses are summed: targets of a language model, rows (with a label) of a classifier."""
         if self.shift_labels is not None:
@@ -66,6 +71,21 @@ class Batch:
             name: None if array is None else array[start:stop] for name, array in vars(self).items()
         }
         return Batch(**arrays)
+
+    def window(self, start: int, stop: int) -> Batch:
+        """Some of the positions of every row, of language models; a later window continues the one before it.
+
+        Raises:
+            ValueError: for a classifier, whose rows have one label each.
+        """
+        if self.labels is not None:
+            raise ValueError("rows with labels are read whole; expected micro_length to be none for a classifier")
+        arrays: dict[str, Any] = {
+            name: None if array is None else array[:, start:stop]
+            for name, array in vars(self).items()
+            if name != "fresh"
+        }
+        return Batch(**arrays, fresh=None if start else self.fresh)
 
     def arguments(self) -> dict[str, Any]:
         """What a model is called with, beside the state."""

@@ -1,7 +1,8 @@
 """Checkpoints of a run: folders ``step-00000200`` that appear complete or not at all.
 
 Each is a checkpoint in Hugging Face layout, which :func:`mambax.load` and transformers open (of a model with
-adapters, those alone, in PEFT's layout), with what training needs beside it: ``optimizer.safetensors`` (moments and
+adapters, those alone, in PEFT's layout; of one that is spread over processes, its shards, see
+:mod:`mambax.training.gathering`), with what training needs beside it: ``optimizer.safetensors`` (moments and
 random states), ``state-<i>.safetensors`` (the recurrent state of each part of a batch, where it is carried on;
 ``state-<process>-<i>.safetensors`` of further processes) and ``training.json``. It is written beside its place,
 flushed to the disk and renamed, so that a process killed at any moment leaves the one before.
@@ -19,18 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mambax.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from mambax.checkpoint.json_files import dump_object, read_object
-from mambax.checkpoint.safetensors_files import SafetensorsFile, write_safetensors
-from mambax.checkpoint.sources import open_source
-from mambax.checkpoint.tensors import TensorInfo
-from mambax.checkpoint.weights import open_weights
 from mambax.state import InferenceParams
 from mambax.training.engine import Engine
+from mambax.training.whole import unreadable
 
-OPTIMIZER, INFO = "optimizer.safetensors", "training.json"
+INFO = "training.json"
 _FORMAT = {"format": "mambax-training", "version": 1}
 _NAME = re.compile(r"step-(\d{8,})")
 _STAGING = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.(tmp|old)")
@@ -38,11 +33,9 @@ _STAGING = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.(tmp|old)")
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint as it was read: its info, weights and arrays of the engine, and where its states are."""
+    """What a checkpoint says of itself, and where the states of a process are."""
 
     info: dict[str, Any]
-    weights: dict[str, np.ndarray]
-    arrays: dict[str, np.ndarray]
     states: tuple[Path, ...]
 
 
@@ -71,7 +64,7 @@ class Checkpoints:
         return self.path(steps[-1]) if steps else None
 
     def write(self, step: int, engine: Engine, states: Sequence[InferenceParams], info: dict[str, Any]) -> Path:
-        """Write a checkpoint.
+        """Write a checkpoint, from all processes.
 
         Raises:
             ValueError: for weights or states that are not finite.
@@ -81,17 +74,13 @@ class Checkpoints:
         token = secrets.token_hex(4) if engine.processes == 1 else "0" * 8  # one folder for all processes
         staging = self.folder / f".{target.name}.{token}.tmp"
         if engine.process:
-            _write_states(staging, engine, states)
+            _write_share(staging, engine, states)
             _wait(engine)
             return target
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            _write_states(staging, engine, states)
-            engine.save_model(staging)
-            arrays = engine.arrays()
-            infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays.items()}
-            write_safetensors(staging / OPTIMIZER, infos, lambda name: arrays[name], {})
+            _write_share(staging, engine, states)
             (staging / INFO).write_bytes(dump_object(_FORMAT | {"step": step, "states": len(states)} | info))
             _flush(staging)
             staging.replace(target)
@@ -102,7 +91,7 @@ class Checkpoints:
         return target
 
     def read(self, path: Path, process: int = 0) -> Saved:
-        """Read a checkpoint into memory, and where the states of a process are.
+        """Read what a checkpoint says, and where the states of a process are; :meth:`Engine.load` reads the rest.
 
         Raises:
             ValueError: when it is damaged, saying how to go back to another one.
@@ -111,18 +100,10 @@ class Checkpoints:
             info = read_object(path / INFO)
             if {key: info.get(key) for key in _FORMAT} != _FORMAT:
                 raise ValueError(f"{path / INFO}: expected {_FORMAT}")
-            adapter = path / ADAPTER_WEIGHTS
-            files: Any = SafetensorsFile(adapter) if adapter.is_file() else None
-            files = open_weights(open_source(path)) if files is None else dict.fromkeys(files.tensors, files)
-            weights = {name: file.read(name) for name, file in files.items()}
-            optimizer = SafetensorsFile(path / OPTIMIZER)
-            arrays = {name: optimizer.read(name) for name in optimizer.tensors}
         except (ValueError, OSError) as error:
-            raise ValueError(
-                f"{path}: this checkpoint cannot be read: {error}. To go on from the one before, delete this folder"
-            ) from error
+            raise unreadable(path, error) from error
         count = info["states"] if process == 0 else len(list(path.glob(f"state-{process}-*.safetensors")))
-        return Saved(info, weights, arrays, tuple(path / _state_file(process, i) for i in range(count)))
+        return Saved(info, tuple(path / _state_file(process, i) for i in range(count)))
 
     def prune(self, keep: set[int]) -> None:
         """Delete all but some, and what killed processes left behind."""
@@ -140,11 +121,12 @@ def _state_file(process: int, part: int) -> str:
     return f"state-{process}-{part}.safetensors" if process else f"state-{part}.safetensors"
 
 
-def _write_states(staging: Path, engine: Engine, states: Sequence[InferenceParams]) -> None:
-    """The states of each process into the folder that process 0 has made; returns when all of them are there."""
+def _write_share(staging: Path, engine: Engine, states: Sequence[InferenceParams]) -> None:
+    """What each process writes into the folder that process 0 has made; returns when all of it is there."""
     _wait(engine)
     for i, state in enumerate(states):
         state.save(staging / _state_file(engine.process, i))
+    engine.save(staging)
     _wait(engine)
 
 

@@ -19,6 +19,10 @@ class TrainingConfig:
         batch_size: rows that one step sees, over all processes.
         micro_batch_size: rows that are in memory together; gradients of the parts of a batch add up to those of the
             whole. All rows when None.
+        micro_length: tokens of a row that are in memory together: longer rows are read in windows, one after
+            another, with the state carried on and their gradients added up. The loss is that of whole rows; the
+            gradient leaves out what flows through the state from window to window (truncated backpropagation
+            through time). Whole rows when None.
         learning_rate: the highest.
         schedule: ``"cosine"``, ``"wsd"`` (warm-up, stable, decay) or ``"constant"``; see
             :class:`mambax.training.schedules.Schedule`.
@@ -30,6 +34,8 @@ class TrainingConfig:
             :mod:`mambax.training.groups`.
         clip_norm: gradients are scaled down to this global norm; 0 for as they are.
         precision: ``"float32"``, or ``"bfloat16"`` to compute in bfloat16 over float32 weights.
+        distributed: of several processes, as ``torchrun`` and ``mlx.launch`` start them: ``"ddp"`` for the whole
+            model in each, ``"fsdp"`` for a share of it in each (PyTorch's FSDP2).
         gradient_checkpointing: compute each block again for its gradient, instead of keeping what it computed.
         seed: of the initial weights and of the order of the data.
         log_every, eval_every, save_every: steps between lines of the log, evaluations and checkpoints; 0 for none
@@ -42,6 +48,7 @@ class TrainingConfig:
     steps: int = fields.whole(1000, 1)
     batch_size: int = fields.whole(16, 1)
     micro_batch_size: int | None = fields.whole(None, 1, optional=True)
+    micro_length: int | None = fields.whole(None, 1, optional=True)
     learning_rate: float = fields.number(1e-3, 0, 1e3)
     schedule: str = fields.choice("cosine", *SCHEDULES)
     warmup_steps: int | None = fields.whole(None, 0, optional=True)
@@ -54,6 +61,7 @@ class TrainingConfig:
     no_decay: tuple[str, ...] = fields.texts()
     clip_norm: float = fields.number(1.0, 0, 1e9)
     precision: str = fields.choice("float32", "float32", "bfloat16")
+    distributed: str = fields.choice("ddp", "ddp", "fsdp")
     gradient_checkpointing: bool = fields.flag(False)
     seed: int = fields.whole(0, 0)
     log_every: int = fields.whole(10, 0)

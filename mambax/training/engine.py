@@ -19,6 +19,7 @@ from mambax.state import InferenceParams
 from mambax.training.batches import Batch
 from mambax.training.config import TrainingConfig
 from mambax.training.groups import decayed_names
+from mambax.training.processes import distributed_module
 
 
 class Part(NamedTuple):
@@ -69,6 +70,30 @@ class Engine(Protocol):
         """One step of AdamW with the gradients held, which are then gone."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Write what the framework would need to go on exactly as now into a folder: called in every process."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take back what :meth:`save` wrote, on the same framework: called in every process.
+
+        Raises:
+            ValueError: when it is damaged, saying how to go back to another one, or of another model.
+        """
+        ...
+
+    def export(self, checkpoint: Path, folder: Path) -> None:
+        """Write the model in a checkpoint, or its adapters, where a person finds it: called in every process."""
+        ...
+
+    def memory(self) -> int | None:
+        """Bytes in use at the highest; of the device, or of the process on the CPU. None where that is unknown."""
+        ...
+
+
+class WholeEngine(Engine, Protocol):
+    """An engine with the whole model in every process, whose files are those of :mod:`mambax.training.whole`."""
+
     def arrays(self) -> dict[str, np.ndarray]:
         """What the framework would need to go on exactly as now, beside the weights: moments and random states.
 
@@ -81,29 +106,41 @@ class Engine(Protocol):
         ...
 
     def save_model(self, folder: Path) -> None:
-        """Write the weights, in Hugging Face layout; in every process, so that sharded ones can be gathered."""
+        """Write the weights: in Hugging Face layout; of a model with adapters those alone, in PEFT's."""
         ...
 
-    def memory(self) -> int | None:
-        """Bytes in use at the highest; of the device, or of the process on the CPU. None where that is unknown."""
-        ...
+
+def engine_class(nn: Any, config: TrainingConfig) -> Any:
+    """The engine of a backend, for the processes that there are.
+
+    Raises:
+        ValueError: when the backend has no gradients, and when it cannot be spread over processes as the
+            configuration says.
+    """
+    name = f"{nn.__name__}.training"
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(
+            f"the {nn.name} backend has no gradients, so that it cannot train; use backend='torch' or 'mlx'"
+        )
+    distributed = distributed_module(nn)
+    if distributed is not None:
+        return distributed.engine_class(config)
+    if config.distributed == "fsdp":
+        raise ValueError(f"training.distributed is 'fsdp', which the {nn.name} backend does not have; use 'torch'")
+    return importlib.import_module(name).Engine
 
 
 def make_engine(model: Any, config: TrainingConfig) -> Engine:
     """The engine of a model's backend.
 
     Raises:
-        ValueError: when the backend has no gradients, when the model has parameters narrower than float32, and when
-            nothing in it can be trained.
+        ValueError: when the backend has no gradients, when the model has parameters narrower than float32, when
+            nothing in it can be trained, and when it cannot be spread over processes as the configuration says.
     """
     nn = model.nn
-    name = f"{nn.__name__}.training"
-    if importlib.util.find_spec(name) is None:
-        raise ValueError(
-            f"the {nn.name} backend has no gradients, so that it cannot train; use backend='torch' or 'mlx'"
-        )
+    engine = engine_class(nn, config)
     parameters = nn.parameters(model)
-    training = importlib.import_module(name)
+    training = importlib.import_module(f"{nn.__name__}.training")
     trained = training.trainable(model)
     for path, array in parameters.items():
         if (model.adapter is None or path in trained) and array.dtype != nn.float32:
@@ -114,7 +151,4 @@ def make_engine(model: Any, config: TrainingConfig) -> Engine:
     shapes = {path: tuple(array.shape) for path, array in trained.items()}
     if not shapes:
         raise ValueError("the model has no trainable parameters; is everything frozen?")
-    distributed = f"{nn.__name__}.distributed"
-    if importlib.util.find_spec(distributed) is not None:
-        training = importlib.import_module(distributed).engine_module()
-    return training.Engine(model, config, decayed_names(shapes, config.no_decay))
+    return engine(model, config, decayed_names(shapes, config.no_decay))

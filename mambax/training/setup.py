@@ -11,7 +11,9 @@ from mambax.construction import from_config
 from mambax.init import check_seed
 from mambax.registry import default_backend, get_backend
 from mambax.tokenizer import Tokenizer
+from mambax.training.engine import engine_class
 from mambax.training.prepared import Corpus, Prepared, Progress, prepare
+from mambax.training.processes import Processes, check_launcher, own_device
 from mambax.training.recipe import PRETRAINED, RECIPE, Recipe
 from mambax.training.token_data import Documents, Reading, Stream, Windows
 from mambax.training.trainer import CHECKPOINTS, Observer, Trainer
@@ -38,14 +40,12 @@ def check(recipe: Recipe, *, resume: bool = False) -> Checked:
     """
     backend = recipe.backend or default_backend()
     nn = get_backend(backend)
-    if backend == "numpy":
-        raise ValueError(
-            "the numpy backend has no gradients, so that it cannot train; use backend='torch' or 'mlx'"
-        )
     device = recipe.device or nn.devices()[0]
     if device.partition(":")[0] not in nn.devices():
         names = ", ".join(map(repr, nn.devices()))
         raise ValueError(f"device is {device!r}; the {backend} backend has {names} here")
+    check_launcher(backend)
+    engine_class(nn, recipe.training)
     check_seed(recipe.training.seed)
     tokenizer = _own_tokenizer(recipe)
     named = recipe.data.tokenizer
@@ -58,35 +58,54 @@ def check(recipe: Recipe, *, resume: bool = False) -> Checked:
         raise ValueError(f"{run}: the folder has a run already; resume it, or name another folder")
     if resume and not exists:
         raise ValueError(f"{run}: there is no checkpoint to resume from; train without resume to begin")
-    return Checked(recipe, found, backend, device, tokenizer)
+    return Checked(recipe, found, backend, own_device(backend, device), tokenizer)
 
 
 def _own_tokenizer(recipe: Recipe) -> Tokenizer | None:
     if PRETRAINED not in recipe.model:
         return None
     from mambax.checkpoint.sources import open_source
+    from mambax.tokenizer_files import find
 
     name = recipe.model[PRETRAINED]
-    path = open_source(name).find("tokenizer.json")
-    if path is None:
+    folder = find(open_source(name))
+    if folder is None:
         raise FileNotFoundError(f"{name}: no tokenizer.json; a model that is trained further needs its tokenizer")
-    return Tokenizer.from_pretrained(path.parent)
+    return Tokenizer.from_pretrained(folder)
 
 
-def build(checked: Checked, *, observers: Sequence[Observer] = (), progress: Progress | None = None) -> Trainer:
+def build(
+    checked: Checked,
+    world: Processes | None = None,
+    *,
+    observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
+) -> Trainer:
     """Make the tokens, the model and the trainer; the recipe is written into the folder of the run.
+
+    Args:
+        checked: what :func:`check` gave.
+        world: of several processes, what :func:`mambax.training.processes.join` gave: process 0 makes the tokens
+            and writes the recipe, and all read them from the folder.
+        observers: of the trainer.
+        progress: told how far the tokens are.
 
     Raises:
         ValueError, OSError: as :func:`mambax.training.prepared.prepare` and :func:`mambax.load` do.
     """
     recipe = checked.recipe
+    world = world or Processes()
     run = Path(recipe.run).expanduser()
     run.mkdir(parents=True, exist_ok=True)
+    if world.process:
+        world.wait()  # until process 0 has made what all of them read
     prepared = prepare(checked.corpus, run / DATA, tokenizer=checked.tokenizer, progress=progress)
+    if not world.process:
+        world.wait()
     data, validation = arrange(recipe, prepared)
     model = make_model(checked, prepared.tokenizer)
     trainer = Trainer(model, data, recipe.training, run, validation=validation, observers=observers)
-    if not (run / RECIPE).exists():
+    if not world.process and not (run / RECIPE).exists():
         recipe.save(run)
     return trainer
 

@@ -20,6 +20,12 @@ DEVICE_FUNCTION float sigmoid(float x) {
   return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
+// A time step within its limits, the lower of which holds if it is above zero.
+DEVICE_FUNCTION float limited(float x, float low, float high) {
+  const float raised = low > 0.0f && x < low ? low : x;
+  return raised > high ? high : raised;
+}
+
 DEVICE_FUNCTION float silu(float x) { return x * sigmoid(x); }
 
 // The derivative of silu.

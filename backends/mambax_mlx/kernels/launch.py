@@ -20,6 +20,7 @@ import mlx.core as mx
 
 KERNELS = (
     "scan_output", "scan_chunk", "scan_combine", "scan_step", "scan_backward", "conv_forward", "conv_backward",
+    "ssd_output", "ssd_chunk", "ssd_gradient", "ssd_decay",
 )  # fmt: skip
 DIALECTS = ("metal", "cuda")
 
@@ -59,6 +60,11 @@ def missing(dialect: str) -> str:
     if mx.default_device().type != mx.DeviceType.gpu:
         return "MLX's default device is 'cpu'; call mlx.core.set_default_device(mlx.core.gpu) first"
     return ""
+
+
+def dialect() -> str:
+    """The dialect of the kernels of MLX's default device; "" on the CPU."""
+    return next((name for name in DIALECTS if not missing(name)), "")
 
 
 @cache

@@ -210,7 +210,7 @@ class Scan(NamedTuple):
                 "scan_combine",
                 {**alone, "A": A, "state": A if state is None else mx.contiguous(state)},
                 {"arriving": ((batch, chunks, channels, states), mx.float32)},
-                {"THREADS": 128, "REVERSE": reverse, "HAS_STATE": state is not None},
+                {"THREADS": 128, "REVERSE": reverse, "HAS_STATE": state is not None, "ONE_DECAY": False},
                 (_ceil(channels * states, 128), 1, batch),
                 128,
             )

@@ -1,6 +1,7 @@
 // Selective scan, from chunk to chunk: what arrives at each chunk of a row. Forwards: the state before every chunk,
 // from the initial state and the chunks by themselves. Backwards: the gradient of the state after every chunk, from
-// that of the final state. One thread to each state of a row: (channels N / THREADS, 1, rows) threadgroups.
+// that of the final state. With ONE_DECAY, a channel has one A for all its states, as a head of Mamba-2 has.
+// One thread to each state of a row: (channels N / THREADS, 1, rows) threadgroups.
 
 const int row = int(threadgroup_position_in_grid.z);
 const int chunks = local_end_shape[1] + 1;
@@ -11,7 +12,7 @@ const int64_t index = int64_t(threadgroup_position_in_grid.x) * THREADS + thread
 
 if (index < size) {
   const int64_t channel = index / states;
-  const float a = float(A[index]) * mambax::LOG2_E;
+  const float a = float(A[ONE_DECAY ? channel : index]) * mambax::LOG2_E;
   float value = HAS_STATE ? float(state[row * size + index]) : 0.0f;
   for (int k = 0; k < chunks; ++k) {
     const int chunk = REVERSE ? chunks - 1 - k : k;

@@ -119,12 +119,14 @@ def _gradients(
     mask: Tensor | None,
     boundaries: Tensor | None,
     activation: str | None,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (batch, length, channels), width = x.shape, weight.shape[2]
     if x.numel() == 0:
-        return [
-            torch.zeros_like(of) if of is not None else _room(x, None) for of in (x, weight, bias, initial_state)
-        ]
+
+        def zeros(of: Tensor | None) -> Tensor:
+            return _room(x, None) if of is None else torch.zeros_like(of)
+
+        return zeros(x), zeros(weight), zeros(bias), zeros(initial_state)
     silu = activation == "silu"
     tables = _tables(mask, boundaries, width - 1, backward=True)
     pointers, switches = _operands(x, weight, bias, initial_state, tables)
@@ -152,7 +154,7 @@ def _gradients(
         )  # fmt: skip
     dweight = partials[:, :width].sum(0).t().unsqueeze(1).contiguous().to(weight.dtype)
     dbias = _room(x, None) if bias is None else partials[:, width].sum(0).to(bias.dtype)
-    return [dx, dweight, dbias, dinitial]
+    return dx, dweight, dbias, dinitial
 
 
 @torch.library.custom_op("mambax::triton_causal_conv1d", mutates_args=())
@@ -192,7 +194,7 @@ def _backward(
     mask: Tensor | None,
     boundaries: Tensor | None,
     activation: str | None,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias and initial_state; without elements for what is None."""
     return _gradients(dy, x, weight, bias, initial_state, mask, boundaries, activation)
 
@@ -207,8 +209,8 @@ def _(
     mask: Tensor | None,
     boundaries: Tensor | None,
     activation: str | None,
-) -> list[Tensor]:
-    return [_room(x, of) for of in (x, weight, bias, initial_state)]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _room(x, x), _room(x, weight), _room(x, bias), _room(x, initial_state)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

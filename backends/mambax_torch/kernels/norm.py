@@ -58,7 +58,7 @@ def _forward(
 
 def _gradients(
     dy: Tensor, dtotal: Tensor | None, s: Tensor, weight: Tensor, inverse: Tensor, x_dtype: torch.dtype
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of x in its dtype, of the residual in that of s (no elements where it is the same), and of the weight."""
     dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
     both = x_dtype != s.dtype
@@ -66,7 +66,7 @@ def _gradients(
     width = s.shape[-1]
     count = s.numel() // width if width else 0
     if count == 0:
-        return [dx, dresidual, torch.zeros_like(weight)]
+        return dx, dresidual, torch.zeros_like(weight)
     each = cdiv(count, PROGRAMS)
     programs = cdiv(count, each)
     partials = torch.empty((programs, width), dtype=torch.float32, device=s.device)
@@ -79,7 +79,7 @@ def _gradients(
             of_y.stride(0), of_total.stride(0), rows.stride(0), count, width, each,
             HAS_DTOTAL=dtotal is not None, BOTH=both, **_launch(block),
         )  # fmt: skip
-    return [dx, dresidual, partials.sum(0).to(weight.dtype)]
+    return dx, dresidual, partials.sum(0).to(weight.dtype)
 
 
 @torch.library.custom_op("mambax::triton_rms_norm", mutates_args=())
@@ -101,7 +101,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, keep: bool
 @torch.library.custom_op("mambax::triton_rms_norm_backward", mutates_args=())
 def _backward(
     dy: Tensor, dtotal: Tensor | None, s: Tensor, weight: Tensor, inverse: Tensor, x_dtype: torch.dtype
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of the residual if its dtype is another, and of the weight."""
     return _gradients(dy, dtotal, s, weight, inverse, x_dtype)
 
@@ -109,10 +109,10 @@ def _backward(
 @_backward.register_fake
 def _(
     dy: Tensor, dtotal: Tensor | None, s: Tensor, weight: Tensor, inverse: Tensor, x_dtype: torch.dtype
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
     dresidual = torch.empty(s.shape if x_dtype != s.dtype else (0,), dtype=s.dtype, device=s.device)
-    return [dx, dresidual, torch.empty_like(weight, memory_format=torch.contiguous_format)]
+    return dx, dresidual, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -57,7 +57,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _flags(x: Tensor | None) -> Tensor | None:
+def flags(x: Tensor | None) -> Tensor | None:
+    """Truth values as bytes, side by side."""
     return None if x is None else x.to(torch.bool).contiguous().view(torch.uint8)
 
 
@@ -80,7 +81,7 @@ def arguments(
     return Arguments(
         u, delta, A.float().contiguous(), B, C, None if D is None else D.float().contiguous(),
         None if z is None else _rows(z), None if delta_bias is None else delta_bias.float().contiguous(),
-        delta_softplus, initial_state, _flags(mask), _flags(boundaries),
+        delta_softplus, initial_state, flags(mask), flags(boundaries),
     )  # fmt: skip
 
 
@@ -154,13 +155,13 @@ def forward(
     blocks, shape = cdiv(channels, block), _sizes_of_block(block, channels, states)
     shape["SOFTPLUS"] = given.delta_softplus
     A = given.A.t().contiguous()
-    flags = (given.mask, given.boundaries)
+    marks = (given.mask, given.boundaries)
     with on_device_of(u):
         if segments > 1:
             starts = room(batch, segments, states, channels, like=u)
             sums = room(batch, segments, channels, like=u)
             FORWARD.advance_kernel[(batch * (segments - 1) * blocks,)](
-                u, given.delta, A, given.B, given.delta_bias, *flags, starts, sums,
+                u, given.delta, A, given.B, given.delta_bias, *marks, starts, sums,
                 *_strides(u), *_strides(given.delta), *_strides(given.B), channels, channels,
                 length, channels, states, blocks, segments, steps, **shape,
             )  # fmt: skip
@@ -168,7 +169,7 @@ def forward(
         else:
             starts = None if first is None else first.float().transpose(1, 2).contiguous()
         FORWARD.output_kernel[(batch * segments * blocks,)](
-            u, given.delta, A, given.B, given.C, given.D, given.z, given.delta_bias, *flags,
+            u, given.delta, A, given.B, given.C, given.D, given.z, given.delta_bias, *marks,
             starts, y, final, saved,
             *_strides(u), *_strides(given.delta), *_strides(given.B), *_strides(given.C), *_strides(given.z),
             channels, channels, length, channels, states, blocks, segments, steps, min(steps, interval), interval,
@@ -224,7 +225,7 @@ def backward(
     u, delta, z, dy = given.u, given.delta, given.z, _rows(dy)
     intervals, interval = saved.shape[1], interval_of(states)
     A = given.A.t().contiguous()
-    flags = (given.mask, given.boundaries)
+    marks = (given.mask, given.boundaries)
     adjoints = room(*saved.shape, like=u)
     sums = room(batch, intervals, channels, like=u)
     initial = None if given.initial_state is None else room(batch, states, channels, like=u)
@@ -236,7 +237,7 @@ def backward(
     softplus: dict[str, Any] = {"SOFTPLUS": given.delta_softplus}
     with on_device_of(u):
         ADJOINT.adjoint_kernel[(batch * intervals * blocks,)](
-            dy, delta, A, given.C, z, given.delta_bias, *flags, adjoints, sums,
+            dy, delta, A, given.C, z, given.delta_bias, *marks, adjoints, sums,
             *_strides(dy), *_strides(delta), *_strides(given.C), *_strides(z), channels, channels,
             length, channels, states, blocks, intervals, interval,
             **softplus, **_sizes_of_block(block, channels, states),
@@ -252,7 +253,7 @@ def backward(
         kept = interval // BACKWARD.WINDOW.value + BACKWARD.WINDOW.value // BACKWARD.TILE.value
         scratch = room(programs, kept, block, next_power_of_2(states), like=u)
         BACKWARD.gradient_kernel[(programs,)](
-            dy, u, delta, given.A, given.B, given.C, given.D, z, given.delta_bias, *flags, saved, adjoints, scratch,
+            dy, u, delta, given.A, given.B, given.C, given.D, z, given.delta_bias, *marks, saved, adjoints, scratch,
             du, ddelta, dz, dB, dC, dskip, dbias,
             *_strides(dy), *_strides(u), *_strides(delta), *_strides(given.B), *_strides(given.C), *_strides(z),
             length, channels, states, blocks, groups, intervals, batch, programs,

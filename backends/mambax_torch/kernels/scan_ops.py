@@ -82,12 +82,18 @@ def _scan_backward(
     initial_state: Tensor | None,
     mask: Tensor | None,
     boundaries: Tensor | None,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; without elements for what is None."""
     given = scan.arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, mask, boundaries)
-    gradients = scan.backward(given, saved, dy, dfinal)
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [_none(u) if x is None or g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)]
+    g = scan.backward(given, saved, dy, dfinal)
+
+    def of(x: Tensor | None, gradient: Tensor | None) -> Tensor:
+        return _none(u) if x is None or gradient is None else gradient.to(x.dtype)
+
+    return (
+        of(u, g.u), of(delta, g.delta), of(A, g.A), of(B, g.B), of(C, g.C), of(D, g.D), of(z, g.z),
+        of(delta_bias, g.delta_bias), of(initial_state, g.initial_state),
+    )  # fmt: skip
 
 
 @_scan_backward.register_fake
@@ -107,9 +113,11 @@ def _(
     initial_state: Tensor | None,
     mask: Tensor | None,
     boundaries: Tensor | None,
-) -> list[Tensor]:
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [_none(u) if x is None else x.new_empty(x.shape) for x in tensors]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def of(x: Tensor | None) -> Tensor:
+        return _none(u) if x is None else x.new_empty(x.shape)
+
+    return of(u), of(delta), of(A), of(B), of(C), of(D), of(z), of(delta_bias), of(initial_state)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

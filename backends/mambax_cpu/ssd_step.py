@@ -1,0 +1,98 @@
+"""One step of the scan of Mamba-2, in Numba: every value of the state is read and written once, as it lies.
+
+Dimensions: B batch, H heads, P head_dim, G groups, N d_state.
+"""
+
+from __future__ import annotations
+
+from mambax_cpu.compilation import kernel, part, spliced
+from mambax_cpu.linear_tiles import bfloat16_at, float16_at
+from mambax_cpu.memory import at, begins, element_at, exists
+from mambax_cpu.precision import read, sums_of_rows, write
+from mambax_cpu.simd import exp2, integers_at, multiply_add, pointer, splat, store
+from mambax_cpu.ssd_chunks import FINAL, FLAGS, INITIAL, B, C, D, X, Y, load_time_steps
+from mambax_cpu.tiles import WIDTH
+
+
+@kernel
+def step(table, heads, width, groups, states, use_softplus, low, high, first, last, scratch):  # pragma: no cover
+    """Tasks `first` to `last` - 1 of a single step.
+
+    Args:
+        table: the operand table up to FINAL, as of :func:`mambax_cpu.ssd_forward.forward`.
+        heads, width, groups, states: H, P, G, N.
+        use_softplus, low, high: as there.
+        first, last: tasks, of B * H.
+        scratch: float32, of :func:`mambax_cpu.ssd_tiles.ssd_step_scratch`.
+    """
+    _step(pointer(0), table, heads, width, groups, states, use_softplus, low, high, first, last, scratch)
+
+
+@kernel
+def step_bfloat16(
+    table, heads, width, groups, states, use_softplus, low, high, first, last, scratch
+):  # pragma: no cover
+    """As :func:`step`."""
+    _step(bfloat16_at(0), table, heads, width, groups, states, use_softplus, low, high, first, last, scratch)
+
+
+@kernel
+def step_float16(
+    table, heads, width, groups, states, use_softplus, low, high, first, last, scratch
+):  # pragma: no cover
+    """As :func:`step`."""
+    _step(float16_at(0), table, heads, width, groups, states, use_softplus, low, high, first, last, scratch)
+
+
+@spliced
+def _step(
+    kind, table, heads, width, groups, states, use_softplus, low, high, first, last, scratch
+):  # pragma: no cover
+    """The body of the kernels; `kind` is an address of the type of x and y."""
+    views, base = integers_at(table.ctypes.data), (scratch.ctypes.data + 63) // 64 * 64
+    sums, inputs = pointer(base), pointer(base + 4 * WIDTH * WIDTH)
+    for task in range(first, last):
+        row, head = task // heads, task % heads
+        group = head // (heads // groups)
+        source, out = element_at(kind, views, X, row, 0), element_at(kind, views, Y, row, 0)
+        here = exists(views, FLAGS, row, 0)
+        goes_on = views[3 * INITIAL] != 0 and not begins(views, FLAGS, row, 0)
+        dt, decay, skip = splat(0.0), splat(1.0), splat(0.0)
+        if here:
+            steps = integers_at(base)  # in room that is free until the first channel
+            steps[0] = 0
+            load_time_steps(views, row, head, steps, 1, use_softplus, low, high, pointer(base + 64), inputs)
+            dt, decay = splat(pointer(base + 64)[0]), splat(inputs[0])
+            decay = exp2(decay)
+            if views[3 * D] != 0:
+                skip = splat(pointer(views[3 * D])[head])
+        before, after = at(views, INITIAL, row, head), at(views, FINAL, row, head)
+        b, c = at(views, B, row, 0), at(views, C, row, 0)
+        for p in range(0, width, WIDTH):
+            x = splat(0.0)
+            if here:
+                x = read(source, head * width + p, width - p)
+            store(inputs, 0, x * dt)
+            for lane in range(min(WIDTH, width - p)):
+                place = (p + lane) * states
+                total = _channel(
+                    here, goes_on, decay, splat(inputs[lane]), b, c, group, states, before, after, place
+                )
+                store(sums, lane * WIDTH, total)
+            y = multiply_add(x, skip, sums_of_rows(sums))
+            write(out, head * width + p, y if here else splat(0.0), width - p)
+
+
+@part
+def _channel(here, goes_on, decay, x, b, c, group, states, before, after, place):  # pragma: no cover
+    """The states of one channel after the step, and towards C . h, to be summed over lanes."""
+    total = splat(0.0)
+    for n in range(0, states, WIDTH):
+        h = splat(0.0)
+        if goes_on:
+            h = read(before, place + n, states - n)
+        if here:
+            h = multiply_add(x, read(b, group * states + n, states - n), h * decay)
+            total = multiply_add(h, read(c, group * states + n, states - n), total)
+        write(after, place + n, h, states - n)
+    return total
