@@ -27,6 +27,7 @@ STEM = "training"
 SHAPES: dict[str, dict[str, Any]] = {
     "mamba-130m": {"d_model": 768, "n_layer": 24, "vocab_size": 50280},
     "a quarter of mamba-130m": {"d_model": 768, "n_layer": 6, "vocab_size": 50280},
+    "d_model 256, 8 layers": {"d_model": 256, "n_layer": 8, "vocab_size": 1024},
     "tiny": {"d_model": 32, "n_layer": 2, "vocab_size": 96},
 }
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -45,7 +46,8 @@ def groups(part: str, tiny: bool, batch: int, length: int) -> tuple[list[Spec], 
         tiny: sizes that only show that it runs.
         batch, length: of the step beside others.
     """
-    name = "tiny" if tiny else ("mamba-130m" if part == "step" else "a quarter of mamba-130m")
+    name = {"step": "mamba-130m", "loss": "a quarter of mamba-130m"}.get(part, "d_model 256, 8 layers")
+    name = "tiny" if tiny else name  # where blocks are compared, weights and moments take little
     shape = SHAPES[name]
     ours = _spec("mambax", "Mambax", shape)
     again = _spec("mambax, checkpointing", "Mambax", shape, checkpointing=True)
@@ -55,7 +57,7 @@ def groups(part: str, tiny: bool, batch: int, length: int) -> tuple[list[Spec], 
         "blocks": [ours, again],
         "length": [ours, again],
     }[part]
-    sizes = [(1, size) for size in LENGTHS] if part == "length" else [(1, 1024)]
+    sizes = [(1, size) for size in LENGTHS] if part == "length" else [(1 if part == "loss" else 4, 1024)]
     sizes = [(batch, length)] if part == "step" else sizes
     if tiny:
         sizes = [(1, size) for size in (8, 16)] if part == "length" else [(1, 8)]
