@@ -15,7 +15,7 @@ from mambax.backend import Array, Backend, Ops
 from mambax.config import MambaConfig
 from mambax.init import Initializer
 from mambax.layer_states import LayerState
-from mambax.scan import at_least_float32
+from mambax.scan import at_least_float32, scaled
 
 
 def rms(nn: Ops, x: Array, eps: float) -> Array:
@@ -206,6 +206,5 @@ class Block:
         mixed, after = self.mixer(self.norm(read), state, mask, *packed)
         if self.residual_in_fp32:
             hidden = at_least_float32(self.nn, hidden)
-        if self.residual_multiplier != 1:
-            mixed = mixed * self.residual_multiplier
+        mixed = scaled(self.nn, mixed, self.residual_multiplier)
         return hidden + self.nn.astype(mixed, hidden.dtype), after

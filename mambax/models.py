@@ -16,7 +16,7 @@ from mambax.generation import GenerationMixin
 from mambax.init import Initializer
 from mambax.inputs import as_boundaries, as_mask, as_token_ids, check_hidden
 from mambax.pooling import last_positions, pool, pooled_size
-from mambax.scan import at_least_float32
+from mambax.scan import at_least_float32, scaled
 from mambax.state import InferenceParams
 from mambax.training import losses
 
@@ -296,8 +296,7 @@ class MambaForCausalLM(CheckpointMixin, GenerationMixin):
         with_loss = labels is not None or shift_labels is not None
         packed = {"segment_ids": segment_ids, "boundaries": boundaries}
         hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask, **packed)
-        if self.config.logits_multiplier != 1:
-            hidden = hidden * self.config.logits_multiplier  # the head is linear, so that this scales the logits
+        hidden = scaled(nn, hidden, self.config.logits_multiplier)  # the head is linear: this scales the logits
         module: Any = self.backbone.embeddings if self.lm_head is None else self.lm_head
         head = module if self.lm_head is not None else module.as_linear
         loss = losses.Loss(None, None)
@@ -426,7 +425,5 @@ def _embed_and_encode(
 ) -> EncoderOutput:
     table = backbone.embeddings.weight
     ids = as_token_ids(backbone.nn, input_ids, backbone.config.vocab_size, table)
-    hidden = backbone.embeddings(ids)
-    if backbone.config.embedding_multiplier != 1:
-        hidden = hidden * backbone.config.embedding_multiplier
+    hidden = scaled(backbone.nn, backbone.embeddings(ids), backbone.config.embedding_multiplier)
     return backbone(hidden, state, mask, **packed)

@@ -87,7 +87,6 @@ def _read_original(raw: Mapping[str, Any], where: str) -> Fields:
     fields = _fields(merged | {"num_heads": inner // head_dim}, {}, where)
     multiple = raw.get("pad_vocab_size_multiple", 16)
     fields.values["vocab_size"] = padded(fields.values["vocab_size"], multiple, where)
-    fields.values.setdefault("rescale_prenorm_residual", True)
     return fields
 
 
