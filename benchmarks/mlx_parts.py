@@ -85,12 +85,22 @@ class Work:
 
 
 def scan(c: Context) -> Work:
-    """The selective scan by itself, forward: mambax's ops, and a loop over tokens as mlx-lm has it."""
+    """The selective scan by itself: mambax's ops, and a loop over tokens as mlx-lm has it.
+
+    On a GPU also with its gradients, and beside mambax's Triton kernels on torch, where it is one of NVIDIA's.
+    """
     specs = [
         Spec(f"{label} {c.device}", "mlx_scan:ScanOnMlx", {"package": package, "device": c.device})
         for label, package in (("mambax mlx", "mambax"), ("mlx-lm's loop", "mlx-lm"))
     ]
-    jobs = [{"kind": "forward", "length": n, "size": n, **c.sizes, "backward": False} for n in c.plan.scans]
+    if c.device == "gpu":
+        specs.append(Spec("mambax torch triton", "mlx_scan:TritonScan"))
+    passes = ("forward", "backward") if c.device == "gpu" else ("forward",)
+    jobs = [
+        {"kind": kind, "length": n, "size": n, **c.sizes, "backward": kind == "backward"}
+        for kind in passes
+        for n in c.plan.scans
+    ]
     return Work(specs, jobs)
 
 

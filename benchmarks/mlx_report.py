@@ -75,16 +75,25 @@ def title(case: Case) -> str:
     """A heading: what, of how many tokens, in which precision."""
     job = case.job
     tokens = f"{job['length'] if 'length' in job else job['steps']:,} tokens"
-    what = {"forward": "selective scan, forward", "long": "a long prompt"}.get(job["kind"], job["kind"])
+    what = {
+        "forward": "selective scan, forward",
+        "backward": "selective scan, with gradients",
+        "long": "a long prompt",
+    }.get(job["kind"], job["kind"])
     return f"{what}, {tokens}, {job['precision']}" if "precision" in job else f"{what}, {tokens}"
 
 
 def case_table(case: Case) -> list[str]:
     """A row for each contender; time for one token, or for one training step or scan."""
     job = case.job
-    unit = {"training": "step", "forward": "scan"}.get(job["kind"], "token")
-    figure = {"long": "beyond", "forward": "error"}.get(job["kind"], "mlx_peak")
-    names = {"beyond": "MLX beyond the weights, MB | graph", "error": "error", "mlx_peak": "MLX peak, MB"}
+    unit = {"training": "step", "forward": "scan", "backward": "scan"}.get(job["kind"], "token")
+    figure = {"long": "beyond", "forward": "error", "backward": "gradient_error"}.get(job["kind"], "mlx_peak")
+    names = {
+        "beyond": "MLX beyond the weights, MB | graph",
+        "error": "error",
+        "gradient_error": "error of du",
+        "mlx_peak": "MLX peak, MB",
+    }
     lines = [f"#### {title(case)}", "", f"| | median per {unit} | least | {names[figure]} |"]
     lines.append("| --- | ---: | ---: | ---: |" + (" ---: |" if figure == "beyond" else ""))
     for entry in case.entries:
@@ -93,7 +102,7 @@ def case_table(case: Case) -> list[str]:
             lines.append(f"| {entry.label} | {entry.status}: {reason} | | |" + (" |" if figure == "beyond" else ""))
             continue
         value = entry.figures.get(figure)
-        shown = "" if value is None else f"{value:.1e}" if figure == "error" else f"{value / 1e6:,.1f}"
+        shown = "" if value is None else f"{value:.1e}" if "error" in figure else f"{value / 1e6:,.1f}"
         if figure == "beyond":
             graph = entry.figures.get("graph")
             shown += " | " if graph is None else f" | {graph:,.0f}"

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import mlx, mlx_report, quantized_loss, results
+from benchmarks.contenders.mlx_scan import ScanOnMlx
 from benchmarks.harness import Case, Entry
-from benchmarks.mlx_parts import PLANS, parts
+from benchmarks.mlx_parts import PLANS, Context, parts
 from benchmarks.processes import Process, Skipped
 from benchmarks.results import Part
 from benchmarks.worker import Unavailable, Worker
@@ -81,6 +82,23 @@ def test_bad_arguments_run_nothing(arguments: list[str], message: str, capsys: p
         mlx.main(arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["mambax", "mlx-lm"])
+def test_gradients_of_the_scan_are_those_of_the_recurrence(package: str) -> None:
+    device = str(mx.default_device().type).rpartition(".")[2]
+    job = {"kind": "backward", "length": 9, "channels": 8, "states": 3, "backward": True}
+    task = ScanOnMlx(package, device).prepare(job)
+    task.run()
+    found = task.check()
+    assert found.keys() == {"error", "gradient_error"}
+    assert max(found.values()) < 1e-5
+
+
+def test_on_a_gpu_triton_is_beside_it() -> None:
+    work = parts(PLANS["full"])["scan"](Context(PLANS["full"], Path(), Path(), "gpu", {"channels": 8, "states": 3}))
+    assert [spec.label for spec in work.specs] == ["mambax mlx gpu", "mlx-lm's loop gpu", "mambax torch triton"]
+    assert {job["kind"] for job in work.jobs} == {"forward", "backward"}
 
 
 def part(name: str, job: dict[str, Any], *times: float, **figures: float) -> Part:

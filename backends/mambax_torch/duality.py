@@ -51,5 +51,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
         return mamba2.gated_rms_norm(ops, y, z, weight, groups, eps)
     from mambax_cpu import gated_norm
 
-    arrays = map(cpu_ops.shared, (y, z, weight))
-    return ops.from_numpy(gated_norm.gated_rms_norm(*arrays, groups, eps, threads=torch.get_num_threads()))
+    shared, threads = cpu_ops.shared, torch.get_num_threads()
+    return ops.from_numpy(
+        gated_norm.gated_rms_norm(shared(y), shared(z), shared(weight), groups, eps, threads=threads)
+    )
