@@ -2,7 +2,7 @@
 # make demo BACKENDS=torch,mlx   the same text on these backends too, and check that they agree
 # make test                      every check: ruff, pyright, and the tests on all backends
 # make lint                      ruff and pyright alone
-# make bench                     the CPU benchmark beside other packages; 25 minutes on an idle machine, and before the
+# make bench                     the CPU benchmark beside other packages; 50 minutes on an idle machine, and before the
 #                                first run a build of llama.cpp, which needs a C++ compiler and minutes
 #
 # PYTHON=...  the interpreter to make .venv from (3.10 to 3.13; found by itself when not given)

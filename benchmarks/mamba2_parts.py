@@ -18,9 +18,7 @@ def prefill(c: Context) -> list[Group]:
 
 def decode(c: Context) -> list[Group]:
     """Mamba-2 beside transformers: decoding greedily."""
-    return _beside_transformers(
-        c, [{"kind": "decode", "batch": n, "steps": c.plan.steps} for n in c.plan.batches]
-    )
+    return _beside_transformers(c, [{"kind": "decode", "batch": n, "steps": c.plan.steps} for n in c.plan.batches])
 
 
 def _beside_transformers(c: Context, jobs: list[Job]) -> list[Group]:

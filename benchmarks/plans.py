@@ -31,7 +31,7 @@ class Plan:
     model: str = "mamba-130m"
     long_model: str = "small"
     mamba2: str = "mamba2-130m"
-    hybrid: str = "hybrid-220m"
+    hybrid: str = "hybrid-170m"
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     rounds: int = 5
     least: int = 2

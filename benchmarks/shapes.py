@@ -20,7 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rescale_prenorm_residual": False,
         "mamba2": {"n_heads": 4, "head_dim": 16, "d_state": 16},
     },
-    "hybrid-220m": {  # as Bamba: mixers and MLPs by turns, one mixer in eight attention
+    "hybrid-170m": {  # as Bamba: mixers and MLPs by turns, one mixer in eight attention
         "d_model": 768, "n_layer": 32, "vocab_size": 50288,
         "layer_types": (("mamba2", "mlp") * 4 + ("attention", "mlp") + ("mamba2", "mlp") * 3) * 2,
         "mamba2": {"n_heads": 24, "head_dim": 64, "d_state": 128},
