@@ -366,6 +366,23 @@ def test_a_hybrid_of_ones_own_is_saved_and_read(nn, tmp_path):
     assert_states_close(again.load_state(tmp_path / "a.state"), state)
 
 
+def test_transformers_takes_new_weights_of_mamba2_as_they_are(tmp_path):
+    """It divides them where the file says that they were divided when they were made."""
+    import transformers
+
+    config = mambax.MambaLMConfig(
+        d_model=32, n_layer=3, vocab_size=50, layer_types=("mamba2",) * 3, family="mamba2",
+        mamba2=Mamba2Options(n_heads=4, head_dim=16, d_state=8),
+    )  # fmt: skip
+    assert config.rescale_prenorm_residual
+    model = mambax.from_config(config, backend="numpy")
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = token_ids(2, 30, 50)
+    assert_close(logits_of(theirs, ids), run(model, ids)[0])
+    assert mambax.load(tmp_path, backend="numpy").config == config
+
+
 def test_a_family_that_cannot_hold_a_model_says_so(tmp_path):
     config = mambax.MambaLMConfig(d_model=32, n_layer=1, vocab_size=50, dt_b_c_norm="learned", family="mamba")
     with pytest.raises(ValueError, match="a Mamba-1 checkpoint cannot hold dt_b_c_norm = 'learned'"):

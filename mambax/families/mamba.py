@@ -69,11 +69,19 @@ def read_core(raw: Mapping[str, Any], where: str) -> Fields:
 
 def _read(raw: Mapping[str, Any], where: str) -> Fields:
     fields = read_core(raw, where)
-    fields.values.setdefault(RESCALE, False)
-    ours = raw.get(OURS)
-    if isinstance(ours, dict) and RESCALE in ours:
-        fields.values[RESCALE] = ours[RESCALE]
+    fields.values[RESCALE] = read_rescale(raw, fields.values.get(RESCALE, False))
     return fields
+
+
+def read_rescale(raw: Mapping[str, Any], plain: Any) -> Any:
+    """What a file of Hugging Face says of :data:`RESCALE`: what :func:`write_rescale` put there, else ``plain``."""
+    ours = raw.get(OURS)
+    return ours.get(RESCALE, plain) if isinstance(ours, dict) else plain
+
+
+def write_rescale(config: MambaLMConfig) -> dict[str, Any]:
+    """:data:`RESCALE` in a file of Hugging Face, hidden from transformers."""
+    return {RESCALE: False} | ({OURS: {RESCALE: True}} if config.rescale_prenorm_residual else {})
 
 
 def _read_original(raw: Mapping[str, Any], where: str) -> Fields:
@@ -93,10 +101,7 @@ def write_core(config: MambaLMConfig) -> dict[str, Any]:
         value = getattr(config, field)
         raw[names[0]] = float(value) if field in _FLOATS else value
     raw |= {"expand": config.expand, "intermediate_size": config.d_inner, "hidden_act": "silu"}
-    raw |= {"use_cache": True, RESCALE: False}
-    if config.rescale_prenorm_residual:
-        raw[OURS] = {RESCALE: True}
-    return raw
+    return raw | {"use_cache": True} | write_rescale(config)
 
 
 def _write(config: MambaLMConfig) -> dict[str, Any]:

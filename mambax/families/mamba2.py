@@ -12,7 +12,7 @@ from typing import Any
 
 from mambax.config import MambaLMConfig
 from mambax.families.family import CAUSAL_LM, ENCODER, Family, Fields
-from mambax.families.mamba import to_parameter
+from mambax.families.mamba import RESCALE, read_rescale, to_parameter, write_rescale
 from mambax.families.translation import merged_ssm_cfg, padded, refuse, require, spelled_fields
 from mambax.options import Mamba2Options
 
@@ -27,7 +27,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "dt_min": ("time_step_min", "dt_min"),
     "dt_max": ("time_step_max", "dt_max"),
     "dt_init_floor": ("time_step_floor", "dt_init_floor"),
-    "rescale_prenorm_residual": ("rescale_prenorm_residual",),
+    RESCALE: (RESCALE,),
     "tie_embeddings": ("tie_word_embeddings", "tie_embeddings"),
 }
 """Our field of the model -> its names in files; the first is Hugging Face's."""
@@ -63,14 +63,19 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
     refuse(raw, {"hidden_act": ("silu", "swish")}, where)
     fields = _fields(raw, _HF_DEFAULTS, where)
     fields.values.setdefault("tie_embeddings", False)
+    fields.values[RESCALE] = read_rescale(raw, fields.values.get(RESCALE, False))
     options = fields.values["mamba2"]
     expand, d_model = raw.get("expand", 2), fields.values["d_model"]
-    if expand * d_model != options.d_inner:
+    if not _are_numbers(expand, d_model) or expand * d_model != options.d_inner:
         raise ValueError(
-            f"{where}: num_heads * head_dim is {options.d_inner}, but expand * hidden_size is {expand * d_model}; "
-            "make them agree"
+            f"{where}: num_heads * head_dim is {options.d_inner}, but expand is {expand!r} and hidden_size "
+            f"{d_model!r}; expected the product of the latter to be the same"
         )
     return fields
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
 def _read_original(raw: Mapping[str, Any], where: str) -> Fields:
@@ -81,7 +86,8 @@ def _read_original(raw: Mapping[str, Any], where: str) -> Fields:
     }  # fmt: skip
     refuse(merged, supported, where)
     d_model, head_dim = merged.get("d_model"), merged.get("headdim", 64)
-    inner = merged.get("expand", 2) * d_model if type(d_model) is int else 0
+    expand = merged.get("expand", 2)
+    inner = expand * d_model if _are_numbers(expand, d_model) else 0
     if type(head_dim) is not int or head_dim < 1 or inner % head_dim or inner < head_dim:
         raise ValueError(f"{where}: headdim is {head_dim!r}; expected a divisor of expand * d_model = {inner}")
     fields = _fields(merged | {"num_heads": inner // head_dim}, {}, where)
@@ -93,7 +99,6 @@ def _read_original(raw: Mapping[str, Any], where: str) -> Fields:
 def _fields(raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> Fields:
     fields = spelled_fields(raw, SPELLINGS, where)
     require(fields, SPELLINGS, ("d_model", "n_layer", "vocab_size"), where)
-    fields.values.setdefault("rescale_prenorm_residual", False)
     of_mixer = spelled_fields(raw, OPTIONS, where)
     if "norm_epsilon" in fields.values:
         of_mixer.values["norm_epsilon"] = fields.values["norm_epsilon"]
@@ -119,6 +124,7 @@ def _write(config: MambaLMConfig) -> dict[str, Any]:
     values = dataclasses.asdict(options)
     raw |= {names[0]: values[field] for field, names in OPTIONS.items()}
     raw |= {"time_step_limit": list(options.dt_limit), "hidden_act": "silu", "use_cache": True}
+    raw |= write_rescale(config)
     expand = options.d_inner / config.d_model
     return raw | {"expand": int(expand) if expand.is_integer() else expand}
 
