@@ -134,7 +134,9 @@ class Backend(Ops, Protocol):
 
     def scan_implementations(
         self,
-    ) -> Mapping[str, str]: ...  # name -> "" if it runs here, else why it does not
+    ) -> Mapping[str, str]: ...  # of selective_scan: name -> "" if it runs here, else why it does not
+
+    def ssd_implementations(self) -> Mapping[str, str]: ...  # of ssd, in the same way
 
     def describe(self) -> Mapping[str, str]: ...  # the preferred device and what runs each op there, for people
 
@@ -227,6 +229,14 @@ class Backend(Ops, Protocol):
         boundaries: Array | None = None,  # (B, L) bool: True where a new sequence begins; not with a mask
         activation: str | None = "silu",
     ) -> tuple[Array, Array]: ...  # y (B, L, D), final state (B, K-1, D)
+
+    def time_steps(
+        self,
+        dt_proj: Any,  # a Linear, or what a user has put in its place
+        dt: Array,  # (B, L, R)
+    ) -> tuple[Array, Array | None]: ...  # delta (B, L, D) and delta_bias (D,) or None, for selective_scan
+
+    # dt_proj(dt) and None, or the product and the bias apart where the framework would round their sum
 
     def decode_step(
         self, layers: Sequence[Any], hidden: Array, states: Sequence[Any]

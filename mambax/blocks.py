@@ -24,6 +24,11 @@ def rms(nn: Ops, x: Array, eps: float) -> Array:
     return nn.astype(wide * (nn.sum(wide * wide, axis=-1) / x.shape[-1] + eps)[..., None] ** -0.5, x.dtype)
 
 
+def time_steps(dt_proj: Any, dt: Array) -> tuple[Array, Array | None]:
+    """See :meth:`mambax.backend.Backend.time_steps`: ``dt_proj(dt)``, with no bias left to add."""
+    return dt_proj(dt), None
+
+
 class MambaMixer:
     """The selective state-space mixer of Mamba-1 (Gu and Dao 2023, figure 3; ``Mamba`` in mamba_ssm).
 
@@ -106,14 +111,16 @@ class MambaMixer:
         x, conv = self.conv1d(x, None if state is None else state.conv, mask, boundaries)  # (B, L, D)
         dbc = self.x_proj(x)  # (B, L, R + 2N)
         dt, B, C = self._normed(dbc[..., :rank], dbc[..., rank : rank + N], dbc[..., rank + N :])
+        delta, delta_bias = nn.time_steps(self.dt_proj, dt)
         y, ssm = nn.selective_scan(
             x,
-            self.dt_proj(dt),
+            delta,
             -nn.exp(at_least_float32(nn, self.A_log)),
             B,
             C,
             self.D,
             z=z,
+            delta_bias=delta_bias,
             delta_softplus=True,
             initial_state=None if state is None else state.ssm,
             mask=mask,
@@ -165,7 +172,7 @@ class Block:
     nn: ClassVar[Backend]
     mixers: ClassVar[Mapping[str, Any]]
     """Kind of mixer, as in ``config.layer_types`` -> its class on this backend. All have the same ``forward``:
-    (hidden, state, mask, boundaries) to (mixed, state after); one that keeps no state takes and returns None."""
+    (hidden, state, mask, boundaries) to (mixed, state after); one that remembers nothing returns NoState()."""
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ from mambax.options import AttentionOptions, Mamba2Options, MLPOptions, Parallel
 
 Pooling = Literal["last", "mean", "state"]
 POOLINGS: tuple[Pooling, ...] = ("last", "mean", "state")
+SELECTIVE = frozenset({"mamba", "bimamba", "bimamba_tied"})
+"""The kinds of mixers that have the selective scan of Mamba-1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class MambaConfig:
             when None. ``"bimamba"`` and ``"bimamba2"`` read whole sequences, in both directions, and with
             ``"_tied"`` after their names they share the projections of the two.
         mamba2, attention, mlp: the sizes of the blocks of kind ``"mamba2"``, of ``"attention"`` or ``"mha"``, and
-            of ``"mlp"``, ``"gated_mlp"`` or ``"moe"``; None where there are none.
+            of ``"mlp"``, ``"gated_mlp"``, ``"moe"``, ``"shared_moe"`` or ``"sigmoid_moe"``; None where there are
+            none.
         parallel: the factors in blocks of kind ``"parallel"``, which have the sizes of ``mamba2`` and
             ``attention``; all 1 when None.
         shared: where blocks of attention and an MLP are used that have one set of weights for several places, of
@@ -54,8 +57,8 @@ class MambaConfig:
         residual_multiplier: factor on what each block adds to the residual stream.
         family: the family of checkpoints as which the model is written, a name of :data:`mambax.families.FAMILIES`;
             when None, ``"mamba"`` for a model that Mamba-1 checkpoints can describe, else ``"mambax"``.
-        scan: name of the selective-scan implementation, or ``"auto"``; not a property of the weights, so it is
-            not saved with them.
+        scan: name of the implementation of the selective scan, and of ``ssd`` in mixers of Mamba-2, or ``"auto"``;
+            not a property of the weights, so it is not saved with them.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.

@@ -51,9 +51,12 @@ def check_options(config: object, field: str, options: type[Any]) -> None:
     """Make options of a plain dict, as a file has them."""
     value = getattr(config, field)
     if isinstance(value, dict):
-        known = {item.name for item in dataclasses.fields(options)}
-        if not value.keys() <= known:
-            fail(config, field, sorted(value.keys() - known), f"fields of {options.__name__}")
+        known = dataclasses.fields(options)
+        if unknown := sorted(value.keys() - {item.name for item in known}):
+            fail(config, field, unknown, f"fields of {options.__name__}")
+        needed = [item.name for item in known if item.default is dataclasses.MISSING]
+        if not value.keys() >= set(needed):
+            fail(config, field, value, f"{options.__name__} with at least {', '.join(needed)}")
         object.__setattr__(config, field, options(**value))
     elif value is not None and not isinstance(value, options):
         fail(config, field, value, f"{options.__name__} or None")

@@ -16,7 +16,7 @@ class LayerState(NamedTuple):
 
     Attributes:
         conv: (B, K-1, C) the last inputs of the convolution, in the dtype of the activations.
-        ssm: (B, D, N) the state of the recurrence, float32.
+        ssm: (B, D, N) the state of the recurrence, or (B, heads, D / heads, N) in Mamba-2; float32.
     """
 
     conv: Array
@@ -70,6 +70,9 @@ class ParallelState(NamedTuple):
 class NoState(NamedTuple):
     """The state of a block that remembers nothing, such as an MLP."""
 
+
+GROWING = {"key": 2, "value": 2, "number": 1}
+"""Fields that grow with the tokens -> the axis along which they do."""
 
 KINDS: tuple[type[Any], ...] = (LayerState, AttentionState, ConvolvedAttentionState, ParallelState, NoState)
 """Every kind of layer state that a file may hold, each before those with more arrays; all have other fields."""

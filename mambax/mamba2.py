@@ -127,6 +127,7 @@ class Mamba2Mixer:
             initial_state=None if state is None else state.ssm,
             mask=mask,
             boundaries=boundaries,
+            impl=self.config.scan,
         )
         return self._gated(y.reshape(batch, length, D), z), LayerState(conv, ssm)
 

@@ -19,16 +19,31 @@ Product = Callable[[str, Array], Array]
 """(name of a linear layer, its input) to its output."""
 
 
+_PLAIN = {"gated": True, "gate_multiplier": 1, "out_multiplier": 1}
+_FIXED: dict[str, dict[str, Any]] = {
+    "shared": _PLAIN,
+    "shared_moe": _PLAIN | {"activation": "silu", "use_bias": False},
+    "gated_mlp": _PLAIN | {"activation": "silu", "use_bias": False},
+}
+"""Kind of block -> the options that it knows in one way alone."""
+
+
 def required_mlp(config: MambaConfig, kind: str) -> MLPOptions:
     """The sizes of the MLPs of a model that has some.
 
+    Args:
+        config: the model's configuration.
+        kind: of the block that needs them, a name in ``config.layer_types``; ``"shared"`` for a shared block.
+
     Raises:
-        ValueError: when the configuration has none.
+        ValueError: when the configuration has none, or one that such a block does not know.
     """
     if config.mlp is None:
         raise ValueError(f"layer_types has {kind!r}, but mlp is None; expected its options")
-    if kind == "shared_moe" and not config.mlp.gate_multiplier == config.mlp.out_multiplier == 1:
-        raise ValueError("layer_types has 'shared_moe', which has no gate_multiplier or out_multiplier; expected 1")
+    for name, known in _FIXED.get(kind, {}).items():
+        found = getattr(config.mlp, name)
+        if found != known:
+            raise ValueError(f"mlp.{name} is {found!r}; expected {known!r}, which is all that {kind!r} blocks know")
     return config.mlp
 
 

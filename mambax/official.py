@@ -14,7 +14,6 @@ from mambax.config import MambaConfig
 from mambax.init import Initializer
 from mambax.layer_states import AttentionState, ConvolvedAttentionState, NoState
 from mambax.mlp import required_mlp
-from mambax.options import MLPOptions
 
 
 class MHAMixer:
@@ -124,10 +123,6 @@ class GatedMLPMixer:
         super().__init__()
         nn, init = self.nn, init or Initializer()
         self.options = options = required_mlp(config, "gated_mlp")
-        if options != MLPOptions(d_intermediate=options.d_intermediate):
-            raise ValueError(
-                f"layer_types has 'gated_mlp', but mlp is {options}; expected d_intermediate as its only option"
-            )
         self.fc1 = nn.Linear(init.linear(2 * options.d_intermediate, config.d_model), None)
         self.fc2 = nn.Linear(init.out_proj(config, options.d_intermediate), None)
 

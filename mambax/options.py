@@ -24,7 +24,7 @@ def _check_multipliers(options: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Options:
-    """The sizes of a model's Mamba-2 mixers, those of ``layer_types`` ``"mamba2"``.
+    """The sizes of a model's Mamba-2 mixers: ``layer_types`` ``"mamba2"``, ``"bimamba2"`` and ``"parallel"``.
 
     Args:
         n_heads: H, number of heads.
@@ -98,7 +98,7 @@ class Mamba2Options:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """The sizes of a model's attention mixers, those of ``layer_types`` ``"attention"`` and ``"mha"``.
+    """The sizes of a model's attention: ``layer_types`` ``"attention"``, ``"mha"``, ``"parallel"``; shared blocks.
 
     Args:
         n_heads: heads of the queries.
@@ -212,7 +212,9 @@ class SigmoidMoEOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MLPOptions:
-    """The sizes of a model's MLPs, those of ``layer_types`` ``"mlp"`` and the experts of ``"moe"``.
+    """The sizes of a model's MLPs and experts: ``layer_types`` ``"mlp"``, ``"moe"`` and the others of their like.
+
+    ``"gated_mlp"`` and ``"shared_moe"`` know SiLU with a gate, without biases and factors, alone.
 
     Args:
         d_intermediate: width between the two products.

@@ -131,8 +131,6 @@ class SharedMLP:
         super().__init__()
         nn, rank, M = self.nn, required_shared(config).adapter_rank, config.d_model
         self.options = options = required_mlp(config, "shared")
-        if not options.gated:
-            raise ValueError("mlp.gated is False; expected True in a model with shared blocks")
         width, bias = options.d_intermediate, options.use_bias
         zeros = init.full((2 * width,), 0.0) if bias else None
         self.gate_up_proj = nn.Linear(init.linear(2 * width, M), zeros)

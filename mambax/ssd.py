@@ -77,8 +77,8 @@ def ssd(
 
     Source: Dao and Gu 2024; ``mamba_chunk_scan_combined`` of mamba_ssm, with a mask added.
     """
-    _check_shapes(x, B, dt=dt, A=A, C=C, D=D, dt_bias=dt_bias, initial_state=initial_state, mask=mask,
-                  boundaries=boundaries)  # fmt: skip
+    check_shapes(x, B, dt=dt, A=A, C=C, D=D, dt_bias=dt_bias, initial_state=initial_state, mask=mask,
+                 boundaries=boundaries)  # fmt: skip
     refuse_mask_with_boundaries("ssd", mask, boundaries)
     batch, length, heads, width = x.shape
     groups, states = B.shape[2], B.shape[3]
@@ -118,8 +118,16 @@ def ssd(
     return nn.astype(y, out_dtype), own(nn, h.reshape(batch, heads, width, states))
 
 
-def _check_shapes(x: Array, B: Array, **others: Array | None) -> None:
-    """Refuse operands that a framework might broadcast without a word."""
+def check_shapes(x: Array, B: Array, **others: Array | None) -> None:
+    """Refuse operands that a framework might broadcast without a word.
+
+    Args:
+        x, B: arrays of any framework, as of :func:`ssd`.
+        others: the other arrays of :func:`ssd` by their names; those that are None are not there.
+
+    Raises:
+        ValueError: naming the array, its shape and the one expected.
+    """
     if len(x.shape) != 4 or len(B.shape) != 4:
         raise ValueError(f"ssd: x must be (B, L, H, P) and B (B, L, G, N), found {x.shape} and {B.shape}")
     batch, length, heads, width = x.shape

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 import numpy as np
 
 from mambax.backend import Array, Backend
-from mambax.layer_states import of_fields
+from mambax.layer_states import GROWING, of_fields
 
 State = TypeVar("State", bound="InferenceParams")
 
@@ -26,7 +26,7 @@ class CacheInfo(NamedTuple):
         layers: number of blocks, each use of a shared one included.
         batch: number of rows.
         tokens_seen: for each row, how many tokens it has read.
-        bytes: memory of its arrays; does not grow with the tokens seen.
+        bytes: memory of its arrays; grows with the tokens seen in models with attention alone.
     """
 
     layers: int
@@ -68,10 +68,14 @@ class InferenceParams:
         Other states, forks included, keep what they hold.
         """
         nn = self.nn
-        self.layers = tuple(
-            type(layer)(*(nn.zeros(tuple(array.shape), array.dtype, like=array) for array in layer))
-            for layer in self.layers
-        )
+
+        def cleared(field: str, array: Array) -> Array:
+            shape = list(array.shape)
+            if field in GROWING:
+                shape[GROWING[field]] = 0
+            return nn.zeros(tuple(shape), array.dtype, like=array)
+
+        self.layers = tuple(type(layer)(*map(cleared, layer._fields, layer)) for layer in self.layers)
         self.tokens_seen = nn.zeros((self.batch,), nn.int64, like=self.tokens_seen)
         return self
 
@@ -101,16 +105,36 @@ class InferenceParams:
         return type(self)(layers, self.tokens_seen)
 
     def where(self: State, rows: Array, other: State) -> State:
-        """This state where ``rows`` (B,) bool is True, the other one elsewhere."""
-        nn = self.nn
+        """This state where ``rows`` (B,) bool is True, the other one elsewhere.
 
-        def choose(a: Array, b: Array) -> Array:
+        One of the two may have read more: what attention keeps of the other gets positions that do not exist.
+
+        Raises:
+            ValueError: when the other state has another number of layers or rows.
+        """
+        nn = self.nn
+        other.check(nn.name, len(self.layers), self.batch)
+
+        def choose(field: str, a: Array, b: Array) -> Array:
+            if field in GROWING:
+                length = max(array.shape[GROWING[field]] for array in (a, b))
+                a, b = self._lengthened(field, a, length), self._lengthened(field, b, length)
             return nn.where(rows.reshape(-1, *[1] * (len(a.shape) - 1)), a, b)
 
         layers = tuple(
-            type(ours)(*map(choose, ours, theirs)) for ours, theirs in zip(self.layers, other.layers, strict=True)
+            type(ours)(*map(choose, ours._fields, ours, theirs))
+            for ours, theirs in zip(self.layers, other.layers, strict=True)
         )
-        return type(self)(layers, choose(self.tokens_seen, other.tokens_seen))
+        return type(self)(layers, choose("tokens_seen", self.tokens_seen, other.tokens_seen))
+
+    def _lengthened(self, field: str, array: Array, length: int) -> Array:
+        """One of :data:`GROWING` fields with positions before its own that do not exist, ``length`` in all."""
+        nn, shape = self.nn, list(array.shape)
+        shape[GROWING[field]] = length - array.shape[GROWING[field]]
+        if not shape[GROWING[field]]:
+            return array
+        missing = nn.zeros(tuple(shape), array.dtype, like=array) - (1 if field == "number" else 0)
+        return nn.concat([missing, array], axis=GROWING[field])
 
     def check(self, backend: str, layers: int, batch: int) -> None:
         """Refuse a state that cannot belong to a model and an input.

@@ -181,6 +181,19 @@ def test_what_is_left_to_the_operations(blocks_run):
     assert len(blocks_run) == 3
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_on_gradients_are_called(blocks_run, kind):
+    model, seen = model_of(), []
+    model(token_ids(1, 40))
+    assert len(blocks_run) == 3
+    for module in (model.backbone.layers[0], model.backbone.layers[1].mixer.x_proj):
+        handle = getattr(module, kind)(lambda *args: seen.append(args[0]))
+        model(token_ids(1, 40)).logits.sum().backward()
+        assert seen.pop() is module
+        handle.remove()
+    assert len(blocks_run) == 3
+
+
 def test_less_is_kept_for_the_gradient(monkeypatch):
     from mambax_cpu import products
 

@@ -335,15 +335,23 @@ def test_float64_goes_block_by_block():
     assert at_once(nn, model.backbone.layers, hidden, states) is None
 
 
+@pytest.mark.parametrize("changes", [{"dt_b_c_norm": "weightless"}, {"residual_multiplier": 0.5}])
+def test_options_that_the_kernels_do_not_know(fused, changes):
+    model = build(fused, config_of(**changes))
+    hidden, states = given(fused, model)
+    assert at_once(fused, model.backbone.layers, hidden, states) is None
+
+
 def test_who_adds_a_field_to_the_configuration_looks_here():
     """A field that changes what a block computes has to be known to ``decode_step`` of every backend: there, blocks
     that are not as the kernels know them are left to the ordinary path. Then add it here."""
     known = {
         "d_model", "n_layer", "d_state", "d_conv", "expand", "dt_rank", "use_bias", "use_conv_bias",
         "norm_epsilon", "residual_in_fp32", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor",
-        "rescale_prenorm_residual", "scan",
+        "rescale_prenorm_residual", "scan", "dt_b_c_norm", "dt_b_c_norm_epsilon", "residual_multiplier",
+        "layer_types", "mamba2", "attention", "mlp", "parallel", "shared", "family",
     }  # fmt: skip
-    assert {field.name for field in dataclasses.fields(MambaConfig)} >= known
+    assert {field.name for field in dataclasses.fields(MambaConfig)} == known
 
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------

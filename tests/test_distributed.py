@@ -196,6 +196,16 @@ def test_only_the_folder_of_a_sharded_run_is_gathered(tmp_path):
         gather_checkpoint(tmp_path, tmp_path / "model")
 
 
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04garbage", b"cnowhere\nNothing\n."])
+def test_a_damaged_list_of_shards_is_named(tmp_path, damage):
+    pytest.importorskip("torch")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / ".metadata").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"cannot be read: shards/\.metadata: .*delete this folder"):
+        gather_checkpoint(tmp_path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.slow
 @BOTH
 def test_a_stop_in_one_process_stops_both_and_the_run_goes_on(tmp_path, backend):

@@ -117,9 +117,10 @@ def test_the_caller_calls_the_blocks_where_the_kernels_would_be_wrong():
         assert graph_step.decode_step(layers, hidden, states) is not None
         layers[0].norm.forward = lambda x: x
         assert graph_step.decode_step(layers, hidden, states) is None
-    other, hidden, states = stack(2, dt_b_c_norm="weightless")
-    with torch.no_grad():
-        assert graph_step.decode_step(other, hidden, states) is None
+    for changes in ({"dt_b_c_norm": "weightless"}, {"residual_multiplier": 0.5}):
+        other, hidden, states = stack(2, **changes)
+        with torch.no_grad():
+            assert graph_step.decode_step(other, hidden, states) is None
 
 
 def test_products_that_are_modules_are_called():

@@ -44,6 +44,14 @@ def rows_of(case: str, folder: Path) -> dict[str, str]:
     }
 
 
+def test_options_inside_options_have_rows_of_their_own(tmp_path):
+    rows = rows_of("nemotron_h-experts-groups-latent", tmp_path)
+    assert rows["mlp.sigmoid_moe.d_expert"] == "20"
+    assert rows["mlp.sigmoid_moe.normalised"] == "False"
+    assert "mlp.sigmoid_moe" not in rows
+    assert not any(value.endswith("...") for label, value in rows.items() if label.startswith("mlp"))
+
+
 def test_memory_of_a_hybrid_grows_and_that_of_a_pure_model_does_not(tmp_path):
     rows = rows_of("bamba", tmp_path / "hybrid")
     assert rows["family"] == "Bamba"

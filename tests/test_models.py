@@ -5,6 +5,7 @@ Dimensions: B batch, L length, M d_model.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import mambax
 from mambax import MambaClassificationConfig, MambaConfig, get_backend
 from mambax.blocks import LayerState
 from mambax.init import Initializer
+from mambax.options import Mamba2Options
 
 CONFIG = config_of(n_layer=2)
 WEIGHTS = weights_of(CONFIG)
@@ -283,6 +285,27 @@ def test_token_ids_that_are_refused(nn, ids, message):
 def test_an_unknown_scan_is_refused_with_the_list(nn):
     with pytest.raises(ValueError, match=r"'warp'.*sequential"):
         nn.MambaForCausalLM(config_of(scan="warp"))([[1]])
+
+
+MAMBA2 = config_of(n_layer=1, layer_types=("mamba2",), mamba2=Mamba2Options(n_heads=5, head_dim=6, d_state=7))
+
+
+@pytest.mark.parametrize("impl", ["auto", "sequential", "chunked"])
+def test_mamba2_scans_as_the_configuration_says(nn, impl, monkeypatch):
+    found, ssd = [], nn.ssd
+    monkeypatch.setattr(nn, "ssd", lambda *args, impl, **options: found.append(impl) or ssd(*args, **options))
+    nn.MambaForCausalLM(dataclasses.replace(MAMBA2, scan=impl))([[1, 2]])
+    assert found == [impl]
+
+
+def test_a_scan_that_mamba2_does_not_have_is_refused_with_the_list(nn, tmp_path):
+    model = nn.MambaForCausalLM(dataclasses.replace(MAMBA2, scan="pscan"))
+    with pytest.raises(ValueError, match=r"'pscan'.*sequential, chunked"):
+        model([[1]])
+    model.save_pretrained(tmp_path)
+    assert mambax.load(tmp_path, backend=nn.name, scan="chunked").config.scan == "chunked"
+    with pytest.raises(ValueError, match=r"'pscan'.*sequential, chunked"):
+        mambax.load(tmp_path, backend=nn.name, scan="pscan")
 
 
 def test_every_integer_type_of_ids(nn):

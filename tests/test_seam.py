@@ -50,6 +50,14 @@ def test_softplus_and_silu_at_the_extremes_element_by_element(nn):
         assert (np.abs(got - want) <= 1e-5 * np.abs(want) + tiny).all(), op
 
 
+def test_time_steps_are_those_of_the_projection(nn):
+    weight, bias = RNG.standard_normal((4, 3)).astype(np.float32), np.linspace(-5, 5, 4, dtype=np.float32)
+    for held in (bias, None):
+        delta, added = nn.time_steps(nn.Linear(weight, held), nn.from_numpy(X))
+        got = nn.to_numpy(delta) + (0 if added is None else nn.to_numpy(added))
+        assert_close(got, np.float64(X) @ weight.T + (0 if held is None else held))
+
+
 AXES = pytest.mark.parametrize("axis", [0, 1, 2, -1])
 
 
@@ -235,6 +243,7 @@ def test_compile_computes_the_same(nn):
 
 
 def test_scan_implementations_are_named_and_chosen_by_name(nn):
+    assert {"sequential", "chunked"} <= nn.ssd_implementations().keys()
     available = nn.scan_implementations()
     assert {"sequential", "pscan", "logcumsumexp"} <= available.keys()
     one = nn.from_numpy(np.ones((1, 1, 1), np.float32))

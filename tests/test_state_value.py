@@ -24,6 +24,7 @@ from tolerances import FORWARD, assert_close, relative_error
 
 from mambax import get_backend
 from mambax.blocks import LayerState
+from mambax.options import AttentionOptions, Mamba2Options, MLPOptions
 
 CONFIG = config_of()
 WEIGHTS = weights_of(CONFIG)
@@ -74,6 +75,51 @@ def test_where_takes_rows_from_either_state(model):
     mixed = one.where(model.nn.from_numpy(np.array([True, False, True])), two)
     assert_states_equal(mixed.select([0, 2]), one.select([0, 2]))
     assert_states_equal(mixed.select(1), two.select(1))
+
+
+ATTENTION: dict[str, dict[str, Any]] = {
+    "mha": {"n_layer": 2, "layer_types": ("mha", "mlp"), "attention": {"d_conv": 3}},
+    "parallel": {"n_layer": 1, "layer_types": ("parallel",), "mamba2": Mamba2Options(n_heads=5, head_dim=6)},
+}
+
+
+@pytest.fixture(params=sorted(ATTENTION))
+def attending(nn: Any, request: pytest.FixtureRequest) -> Any:
+    """A model whose state has positions that grow, next to those of a convolution."""
+    fields = ATTENTION[request.param]
+    sizes = {"n_heads": 4, "head_dim": 10, "n_kv_heads": 2, "rope_theta": 1e4} | fields.get("attention", {})
+    options = {"attention": AttentionOptions(**sizes), "mlp": MLPOptions(d_intermediate=24)}
+    return nn.MambaForCausalLM(config_of(**fields | options))
+
+
+def test_reset_forgets_the_positions_of_attention(attending):
+    state = run(attending, token_ids(2, 6))[1]
+    state.reset_cache()
+    assert_states_equal(state, attending.init_state(2))
+    np.testing.assert_array_equal(run(attending, token_ids(2, 4), state)[0], run(attending, token_ids(2, 4))[0])
+
+
+@pytest.mark.parametrize("length", [0, 1, 6, 9])
+def test_where_takes_rows_from_states_of_other_lengths(attending, length):
+    """One of attention is longer than the other; what its rows say next is what they would have said."""
+    ids, mask = token_ids(3, 14), np.ones((3, length), bool)
+    mask[0, : length // 2] = False
+    one = run(attending, ids[:, :length], mask=mask)[1] if length else attending.init_state(3)
+    two = run(attending, ids[:, :6])[1]
+    mixed = one.where(attending.nn.from_numpy(np.array([True, False, True])), two)
+    logits, after = run(attending, ids[:, 9:], mixed)
+    want_one, after_one = run(attending, ids[:, 9:], one)
+    want_two, _ = run(attending, ids[:, 9:], two)
+    assert_close(logits[[0, 2]], want_one[[0, 2]])
+    assert_close(logits[1], want_two[1])
+    seen = after.get_cache_info().tokens_seen
+    assert seen == (after_one.get_cache_info().tokens_seen[0], 11, length + 5)
+
+
+def test_where_refuses_a_state_of_other_rows(model):
+    one, two = model.init_state(2), model.init_state(3)
+    with pytest.raises(ValueError, match="3 row"):
+        one.where(model.nn.from_numpy(np.array([True, False])), two)
 
 
 def test_memory_does_not_grow_with_the_tokens_seen(model):

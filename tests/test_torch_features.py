@@ -190,6 +190,62 @@ def test_autocast(backend, impl):
         assert model(more, output.state).logits.isfinite().all()
 
 
+def time_steps_of(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the scan makes of what a mixer gives it under autocast, (B, L, D)."""
+    scan, seen = nn.selective_scan, []
+
+    def watched(u: Any, delta: Any, *args: Any, delta_bias: Any = None, **options: Any) -> Any:
+        seen.append(delta.float() if delta_bias is None else delta.float() + delta_bias)
+        return scan(u, delta, *args, delta_bias=delta_bias, **options)
+
+    monkeypatch.setattr(nn, "selective_scan", watched)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        mixer(torch.ones(1, 4, CONFIG.d_model))
+    return nn.softplus(seen[-1])
+
+
+def test_the_bias_of_time_steps_stays_in_float32_under_autocast(model, monkeypatch):
+    """A bias of -4.6 is wrong by up to 1/64 in bfloat16, and so is the time step."""
+    mixer = model.backbone.layers[0].mixer
+    bias = torch.linspace(-4.8, -4.2, CONFIG.d_inner)
+    with torch.no_grad():
+        mixer.dt_proj.weight.zero_()
+        mixer.dt_proj.bias.copy_(bias)
+    want = torch.nn.functional.softplus(bias.double()).expand(1, 4, -1)
+    assert ((time_steps_of(mixer, monkeypatch) / want - 1).abs() < 1e-6).all()
+
+
+def test_what_stands_for_dt_proj_is_called_under_autocast(model):
+    dt_proj = model.backbone.layers[0].mixer.dt_proj
+    dt = torch.ones(1, 2, int(CONFIG.dt_rank), requires_grad=True)
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.time_steps(dt_proj, dt)[1] is dt_proj.bias
+        for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+            handle = getattr(dt_proj, f"register_{kind}")(lambda *args: seen.append(args))
+            delta, bias = nn.time_steps(dt_proj, dt)
+            assert bias is None
+            delta.sum().backward()
+            assert seen.pop()
+            handle.remove()
+        dt_proj.forward = lambda x: x * 7
+        assert (nn.time_steps(dt_proj, dt)[0] == 7).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # forward mode in torch uses it
+def test_the_largest_values_inside_transforms():
+    """Of logits, which NumPy looks through elsewhere."""
+    values = torch.arange(12.0).reshape(2, 2, 3)
+    for name in ("max", "argmax"):
+        find = getattr(nn, name)
+        got = torch.func.vmap(lambda rows, find=find: find(rows, axis=1))(values)
+        torch.testing.assert_close(got, find(values, axis=2))
+    with torch.autograd.forward_ad.dual_level():
+        found = nn.max(torch.autograd.forward_ad.make_dual(values[0], values[1]), axis=1)
+        tangent = torch.autograd.forward_ad.unpack_dual(found).tangent
+    torch.testing.assert_close(tangent, values[1, :, 2])
+
+
 @pytest.mark.parametrize(("backend", "impl"), scan_params(("torch",)))
 def test_the_scan_stays_in_float32_under_autocast(backend, impl):
     from test_scan import arguments

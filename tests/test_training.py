@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,21 @@ def test_windows_of_a_row_add_up_to_the_loss_of_the_row(tmp_path, backend):
         for name, array in one.arrays().items():
             found = other.arrays()[name]
             assert_close(whole.model.nn.to_numpy(found), whole.model.nn.to_numpy(array), what=name)
+
+
+def test_processes_that_would_not_meet_are_told(tmp_path):
+    """Were their parts of a batch not as many, one process would wait for what another never does."""
+    pytest.importorskip("torch")
+    made = trainer("torch", tmp_path / "run", tmp_path)
+    made.engine.processes = 2
+    whole = made.data.batch(0)
+    made.steps.data = SimpleNamespace(batch=lambda step: whole.part(0, 3), carries_state=True)
+    with pytest.raises(ValueError, match=r"step 0: the data gave a batch of 3 rows; expected batch_size, 4"):
+        made.steps.take(0)
+    made.engine.processes = 1
+    made.steps.data = SimpleNamespace(batch=lambda step: whole.part(0, 0), carries_state=True)
+    with pytest.raises(ValueError, match="a batch of 0 rows"):
+        made.steps.take(0)
 
 
 def test_the_rows_of_a_classifier_are_not_cut():

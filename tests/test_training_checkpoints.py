@@ -25,6 +25,7 @@ from mambax.training import (
     Progress,
     Trainer,
     Windows,
+    checkpoints,
     evaluate,
 )
 from mambax.training.engine import make_engine
@@ -163,6 +164,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, backend):
     saved = mambax.load(tmp_path / "run" / "checkpoints" / "step-00000005", backend="numpy")
     for name, array in weights(saved).items():
         np.testing.assert_array_equal(array, before[0][name])
+
+
+def test_folders_within_a_checkpoint_reach_the_disk_too(tmp_path, monkeypatch):
+    """As the shards of a model that is spread over processes."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.distcp").write_bytes(b"some")
+    flushed = []
+    monkeypatch.setattr(checkpoints, "_flush_folder", flushed.append)
+    checkpoints._flush(tmp_path)
+    assert flushed == [tmp_path / "shards", tmp_path]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from mambax.blocks import time_steps
 from mambax_mlx.attention import attention
 from mambax_mlx.describe import describe
-from mambax_mlx.duality import gated_rms_norm, ssd
+from mambax_mlx.duality import gated_rms_norm, ssd, ssd_implementations
 from mambax_mlx.experts import mixture
 from mambax_mlx.fused import causal_conv1d, scan_implementations, selective_scan
 from mambax_mlx.layers import CausalConv1d, Embedding, Linear, RMSNorm

@@ -14,7 +14,7 @@ from mambax_mlx import host, ops
 from mambax_mlx.kernels import launch
 
 
-def implementations() -> Mapping[str, str]:
+def ssd_implementations() -> Mapping[str, str]:
     """Every algorithm of :mod:`mambax.ssd`, and the kernels of the CPU and of each kind of GPU: "", or why not."""
     device = host.default_device()
     reason = mambax_cpu.missing() if device == "cpu" else f"MLX's default device is {device!r}"
@@ -30,7 +30,7 @@ def ssd(x: mx.array, *args: Any, impl: str = "auto", **options: Any) -> tuple[mx
     and sequential for a single token.
     """
     algorithm = _automatic(x, *args, **options) if impl == "auto" else impl
-    scan.choose(algorithm, "", implementations())
+    scan.choose(algorithm, "", ssd_implementations())
     if algorithm == "cpu":
         from mambax_mlx import cpu_ssd
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from mambax.blocks import time_steps
 from mambax_numpy.attention import attention
 from mambax_numpy.describe import describe
-from mambax_numpy.duality import gated_rms_norm, ssd
+from mambax_numpy.duality import gated_rms_norm, ssd, ssd_implementations
 from mambax_numpy.experts import mixture
 from mambax_numpy.fused import causal_conv1d, scan_implementations, selective_scan
 from mambax_numpy.layers import CausalConv1d, Embedding, Linear, RMSNorm

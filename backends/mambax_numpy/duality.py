@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import mambax_cpu
 import numpy as np
 
 from mambax import mamba2, scan
 from mambax import ssd as duality
 from mambax_numpy import ops
+
+
+def ssd_implementations() -> Mapping[str, str]:
+    """Every algorithm of :mod:`mambax.ssd`, and the fused CPU kernels."""
+    return {**dict.fromkeys(duality.ALGORITHMS, ""), "cpu": mambax_cpu.missing()}
 
 
 def ssd(x: np.ndarray, *args: Any, impl: str = "auto", **options: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ from mambax_numpy.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from mambax_cpu.chain import Weights
-    from mambax_cpu.step import BlockWeights, Sizes, Stack, States
+    from mambax_cpu.stacks import Classes
+    from mambax_cpu.step import Sizes, Stack, States
 
 _FLOAT32 = np.dtype(np.float32)
 _NARROW = (_FLOAT32, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
@@ -61,7 +63,7 @@ class _Examined:
     def holds(self, layers: Sequence[Any]) -> bool:
         """Whether the stack still is that."""
         same = self.stamp is module.stamp() and self.layers == list(map(id, layers))
-        return same and all(map(is_, self.forwards, _forwards()))
+        return same and all(map(is_, self.forwards, _classes().forwards()))
 
 
 def decode_step(
@@ -129,102 +131,41 @@ def _examine(layers: Sequence[Any]) -> _Examined:
     found = module.examined.get(layers[0])
     if found is not None and found.holds(layers):
         return found
-    stamp, arrays = module.stamp(), []
-    stack = _stack(layers, arrays)
+    from mambax_cpu.stacks import stack_of
+
+    stamp = module.stamp()
+    arrays: list[np.ndarray] = []
+    stack = stack_of(layers, _classes(), _OWN, lambda dtype: _Given(dtype, arrays))
     narrow = layers[0].norm.weight.dtype if stack is not None else _FLOAT32
     wide = stack is not None and layers[0].residual_in_fp32
-    found = _Examined(stamp, list(map(id, layers)), stack, narrow, wide, _forwards(), arrays)
+    found = _Examined(stamp, list(map(id, layers)), stack, narrow, wide, _classes().forwards(), arrays)
     module.examined[layers[0]] = found
     return found
 
 
-def _forwards() -> list[Any]:
+@cache
+def _classes() -> Classes:
+    from mambax_cpu.stacks import Classes
+
     from mambax_numpy.models import Block, MambaMixer
 
-    classes = Block, MambaMixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear
-    return [cls.forward for cls in classes]
-
-
-def _stack(layers: Sequence[Any], arrays: list[np.ndarray]) -> Stack | None:
-    """The blocks for the kernels, unless one of them is not what mambax makes."""
-    from mambax_cpu.step import Sizes, Stack, supported
-
-    if not all(_is_ours(block) for block in layers):
-        return None
-    first = layers[0]
-    config, narrow = first.mixer.config, first.norm.weight.dtype
-    sizes = Sizes(config.d_model, config.d_inner, config.d_state, config.d_conv, int(config.dt_rank))
-    blocks = []
-    for block in layers:
-        weights = _weights(block, sizes, narrow, arrays)
-        if weights is None or block.residual_in_fp32 != first.residual_in_fp32:
-            return None
-        blocks.append(weights)
-    return Stack(sizes, narrow.name, blocks) if supported(narrow.name, blocks) else None
-
-
-def _is_ours(block: Any) -> bool:
-    """Whether a block consists of the classes of this backend, called through their own ``forward``."""
-    from mambax_numpy.models import Block, MambaMixer
-
-    if type(block) is not Block or type(block.mixer) is not MambaMixer or type(block.norm) is not RMSNorm:
-        return False
-    mixer = block.mixer
-    linears = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
-    parts = block, mixer, block.norm, mixer.conv1d, *linears
-    return (
-        mixer.config.scan in ("auto", "cpu")
-        and mixer.config.dt_b_c_norm == "none"
-        and block.residual_multiplier == 1
-        and mixer.config.dt_b_c_norm == "none"
-        and block.residual_multiplier == 1
-        and type(mixer.conv1d) is CausalConv1d
-        and all(type(linear) in (Linear, QuantizedLinear) for linear in linears)
-        and type(mixer.dt_proj) is Linear
-        and not any("forward" in vars(part) for part in parts)
-        and all(type(part).forward.__module__ in _OWN for part in parts)
-    )
-
-
-def _weights(block: Any, sizes: Any, narrow: np.dtype, arrays: list[np.ndarray]) -> BlockWeights | None:
-    """The weights of a block, unless one has a shape, dtype or layout that the kernels do not take."""
-    from mambax_cpu.step import BlockWeights
-
-    mixer = block.mixer
-    M, D, N, K, R = sizes
-    given = _Given(narrow, arrays)
-    weights = BlockWeights(
-        norm=given.vector(block.norm.weight, (M,)),
-        epsilon=block.norm.eps,
-        in_proj=given.matrix(mixer.in_proj, (2 * D, M)),
-        in_bias=given.vector(mixer.in_proj.bias, (2 * D,)),
-        conv=given.vector(mixer.conv1d.weight, (D, 1, K)),
-        conv_bias=given.vector(mixer.conv1d.bias, (D,)),
-        x_proj=given.matrix(mixer.x_proj, (R + 2 * N, D)),
-        dt_proj=given.vector(mixer.dt_proj.weight, (D, R)),
-        dt_bias=given.vector(mixer.dt_proj.bias, (D,), _FLOAT32),
-        A_log=given.vector(mixer.A_log, (D, N), _FLOAT32),
-        D=given.vector(mixer.D, (D,), _FLOAT32),
-        out_proj=given.matrix(mixer.out_proj, (M, D)),
-        out_bias=given.vector(mixer.out_proj.bias, (M,)),
-    )
-    return weights if given.fit and mixer.x_proj.bias is None else None
+    return Classes(Block, MambaMixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear)
 
 
 class _Given:
-    """Arrays as the kernels take them. `fit` becomes False with the first that is not."""
+    """See :class:`mambax_cpu.stacks.Given`. Keeps what it took in `arrays`."""
 
-    def __init__(self, narrow: np.dtype, arrays: list[np.ndarray]) -> None:
-        self.narrow, self.arrays, self.fit = narrow, arrays, True
+    def __init__(self, dtype: np.dtype, arrays: list[np.ndarray]) -> None:
+        self.dtype, self.narrow, self.arrays, self.fit = dtype, dtype.name, arrays, True
 
-    def vector(self, array: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype | None = None) -> int:
-        """The address of an array of a shape, and of the narrow dtype unless another is named; 0 for None."""
+    def vector(self, array: np.ndarray | None, shape: tuple[int, ...], *, wide: bool = False) -> int:
+        """The address of a contiguous array of a shape and dtype; 0 for None."""
         from mambax_cpu.linear import address_of
 
         if array is None:
             return 0
-        flags = array.flags
-        if array.shape != shape or array.dtype != (dtype or self.narrow) or not flags.c_contiguous & flags.aligned:
+        flags, dtype = array.flags, _FLOAT32 if wide else self.dtype
+        if array.shape != shape or array.dtype != dtype or not flags.c_contiguous & flags.aligned:
             self.fit = False
         self.arrays.append(array)
         return address_of(array)
@@ -235,7 +176,7 @@ class _Given:
         from mambax_cpu.linear import quantized
 
         if isinstance(layer, Linear):
-            return Weights(self.narrow.name, *shape, self.vector(layer.weight, shape))
+            return Weights(self.narrow, *shape, self.vector(layer.weight, shape))
         matrix = layer.quantized
         for array in (matrix.weight, matrix.scales):
             if not array.flags.c_contiguous:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mambax_torch.attention import attention
 from mambax_torch.describe import describe
-from mambax_torch.duality import gated_rms_norm, ssd
+from mambax_torch.duality import gated_rms_norm, ssd, ssd_implementations
 from mambax_torch.experts import mixture
 from mambax_torch.fused import causal_conv1d, scan_implementations, selective_scan
-from mambax_torch.layers import CausalConv1d, Embedding, Linear, RMSNorm
+from mambax_torch.layers import CausalConv1d, Embedding, Linear, RMSNorm, time_steps
 from mambax_torch.models import (
     Block,
     InferenceParams,

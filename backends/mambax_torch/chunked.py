@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from mambax import scan
@@ -68,4 +66,4 @@ def _may_recompute() -> bool:
     """Whether a gradient may be asked for, and PyTorch can compute it by running parts again."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return _functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return not ops.inside_transform()

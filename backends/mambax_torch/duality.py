@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,14 @@ from torch import Tensor
 from mambax import mamba2, scan
 from mambax import ssd as duality
 from mambax_torch import ops
-from mambax_torch.fused import why_not_cpu_kernels
+from mambax_torch.fused import scan_implementations, why_not_cpu_kernels
 from mambax_torch.kernels.devices import why_not_triton_ssd
+
+
+def ssd_implementations() -> Mapping[str, str]:
+    """Every algorithm of :mod:`mambax.ssd`, the fused kernels for tensors in host memory, and those in Triton."""
+    kernels = {name: reason for name, reason in scan_implementations().items() if name in ("cpu", "triton")}
+    return {**dict.fromkeys(duality.ALGORITHMS, ""), **kernels}
 
 
 def ssd(

@@ -9,8 +9,6 @@ from typing import Any
 import mambax_cpu
 import torch
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
 
 from mambax import convolution, scan
 from mambax_torch import chunked, ops
@@ -36,8 +34,7 @@ def why_not_cpu_kernels(x: Tensor) -> str:
         return "it computes in float32 and the tensors are float64; use 'sequential' or 'pscan'"
     if torch.compiler.is_compiling():
         return ""
-    # Here PyTorch would hand over wrapped tensors without memory, or drop the tangent.
-    if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if ops.inside_transform():
         return "it cannot run inside torch.func transforms and forward-mode differentiation; use 'pscan'"
     if weights_are_freed.get():
         return "FSDP2 frees the memory of weights after use, which NumPy does not allow; use 'pscan'"

@@ -64,6 +64,8 @@ def _is_ours(block: Any, hidden: Tensor) -> bool:
     mixer = block.mixer
     if mixer.config.dt_b_c_norm != "none" or mixer.config.scan not in ("auto", "triton"):
         return False
+    if block.residual_multiplier != 1:
+        return False
     if type(mixer.conv1d) is not CausalConv1d or type(mixer.dt_proj) is not Linear:
         return False
     passed = (block, mixer, block.norm, mixer.conv1d, mixer.dt_proj)

@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 
 __all__ = [
     "arange", "argmax", "argsort", "astype", "bool_", "compile", "concat", "cos", "cumulative_logsumexp",
@@ -130,7 +132,15 @@ def _best_read_in_place(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return False
+    if torch.jit.is_tracing() or inside_transform():  # pyright: ignore[reportPrivateImportUsage]
+        return False
     return not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def inside_transform() -> bool:
+    """Whether torch.func transforms or forward-mode differentiation are at work: what is no operation of PyTorch
+    would then be given wrapped tensors without memory, or lose the tangent."""
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def sort(x: Tensor, axis: int) -> Tensor:

@@ -9,6 +9,7 @@ Dimensions: B batch, L length.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,12 @@ from mambax_torch.fused import weights_are_freed
 from mambax_torch.layers import Linear
 
 _WEIGHT, _FIRST, _SECOND = "weight.", "first.", "second."
+
+_CONTENTS = ".metadata"
+"""The file of the shards that says what they hold; PyTorch pickles it."""
+
+_OF_PICKLES = (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, KeyError, TypeError)
+"""What reading a damaged pickle raises, beside ValueError."""
 
 
 class Engine(distributed.Engine):
@@ -129,9 +136,9 @@ class Engine(distributed.Engine):
         try:
             file = SafetensorsFile(folder / OPTIMIZER)
             arrays = {name: file.read(name) for name in file.tensors}
-            names = set(FileSystemReader(folder / SHARDS).read_metadata().state_dict_metadata)
         except (ValueError, OSError) as error:
             raise unreadable(folder, error) from error
+        names = set(_contents(folder))
         steps = int(arrays["step"])
         moments = {
             name: {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
@@ -180,12 +187,12 @@ def read_weights(folder: Path, *, wanted: bool = True) -> dict[str, np.ndarray]:
         ValueError: when it is damaged.
     """
     shards = folder / SHARDS
-    if not (shards / ".metadata").is_file():
+    if not (shards / _CONTENTS).is_file():
         raise FileNotFoundError(
             f"{shards}: no such checkpoint; expected the folder of a run with distributed='fsdp'"
         )
     tensors = {}
-    for name, info in FileSystemReader(shards).read_metadata().state_dict_metadata.items():
+    for name, info in _contents(folder).items():
         if wanted and name.startswith(_WEIGHT) and isinstance(info, TensorStorageMetadata):
             tensors[name] = torch.empty(info.size, dtype=info.properties.dtype)
     try:
@@ -194,6 +201,18 @@ def read_weights(folder: Path, *, wanted: bool = True) -> dict[str, np.ndarray]:
     except OSError as error:
         raise unreadable(folder, error) from error
     return {name.removeprefix(_WEIGHT): ops.to_numpy(tensor) for name, tensor in tensors.items()}
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """What the shards of a checkpoint say that they hold, by name.
+
+    Raises:
+        ValueError: when that cannot be read.
+    """
+    try:
+        return FileSystemReader(folder / SHARDS).read_metadata().state_dict_metadata
+    except (OSError, ValueError, *_OF_PICKLES) as error:
+        raise unreadable(folder, f"{SHARDS}/{_CONTENTS}: {error or type(error).__name__}") from error
 
 
 def _check(model: Any) -> None:

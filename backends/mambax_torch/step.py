@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ from torch.nn.modules import module as torch_module
 
 from mambax.blocks import LayerState
 from mambax_torch.fused import why_not_cpu_kernels
-from mambax_torch.layers import CausalConv1d, Linear, RMSNorm
+from mambax_torch.layers import HOOKS, CausalConv1d, Linear, RMSNorm
 from mambax_torch.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
-    from mambax_cpu.step import BlockWeights, Sizes, Stack
+    from mambax_cpu.stacks import Classes
+    from mambax_cpu.step import Sizes, Stack
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -48,7 +50,7 @@ class _Examined:
         attributes: the dictionaries of their attributes, and how many there were.
         settings: of blocks, norms and mixers, what their users set: (dictionary, name), and what it was.
         forwards: what calling a module of each class ran.
-        hooks: dictionaries of what is to run before and after ``forward``.
+        hooks: dictionaries of what is to run before and after ``forward`` and its gradient.
         tensors: dictionaries of parameters and buffers, and what was in them.
         addresses: of those that are not None.
         latest: the states that a step gave last, which are not kept alive, and where they lie.
@@ -77,7 +79,7 @@ class _Examined:
         if not all(map(is_, map(type, modules), self.classes)):
             return None
         if list(map(len, self.attributes[0])) != self.attributes[1] or not all(
-            map(is_, _forwards(), self.forwards)
+            map(is_, _classes().forwards(), self.forwards)
         ):
             return None
         if not all(map(is_, [values.get(name) for values, name in self.settings[0]], self.settings[1])):
@@ -91,11 +93,13 @@ class _Examined:
         return tensors
 
 
-def _forwards() -> list[Any]:
+@cache
+def _classes() -> Classes:
+    from mambax_cpu.stacks import Classes
+
     from mambax_torch.models import Block, MambaMixer
 
-    classes = Block, MambaMixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear
-    return [cls.forward for cls in classes]
+    return Classes(Block, MambaMixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear)
 
 
 def _same(dictionaries: list[dict[str, Any]], values: list[Any]) -> bool:
@@ -216,6 +220,8 @@ def _examine(layers: Sequence[Any]) -> tuple[_Examined, list[Tensor]]:
 
 
 def _find_out(layers: Sequence[Any]) -> _Examined:
+    from mambax_cpu.stacks import stack_of
+
     blocks = list(layers)
     parents = [parent for block in blocks for parent in (block, *block.children()) if parent._modules]
     children = [child for parent in parents for child in parent._modules.values()]
@@ -223,7 +229,7 @@ def _find_out(layers: Sequence[Any]) -> _Examined:
     attributes = [vars(module) for module in modules]
     holders = [held for module in modules for held in (module._parameters, module._buffers)]
     held = [tensor for holder in holders for tensor in holder.values()]
-    stack = _stack(blocks)
+    stack = stack_of(blocks, _classes(), _OWN, _Given)
     named: list[tuple[Mapping[str, Any], str]] = [
         (values, name)
         for values in map(vars, (*blocks, *(child for block in blocks for child in block.children())))
@@ -239,8 +245,8 @@ def _find_out(layers: Sequence[Any]) -> _Examined:
         classes=[type(module) for module in (*blocks, *children)],
         attributes=(attributes, [len(values) for values in attributes]),
         settings=(named, [values[name] for values, name in named]),
-        forwards=_forwards(),
-        hooks=[hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)],
+        forwards=_classes().forwards(),
+        hooks=[getattr(module, name) for module in modules for name in HOOKS],
         tensors=(holders, [_nothing if tensor is None else ref(tensor) for tensor in held]),
         addresses=[tensor.data_ptr() for tensor in held if tensor is not None],
     )
@@ -250,85 +256,22 @@ def _nothing() -> None:
     """In the place of a reference to a tensor where there is none."""
 
 
-def _stack(blocks: Sequence[Any]) -> Stack | None:
-    """The blocks for the kernels, unless one of them is not what mambax makes."""
-    from mambax_cpu.step import Sizes, Stack, supported
-
-    if not all(_is_ours(block) for block in blocks):
-        return None
-    first = blocks[0]
-    config, narrow = first.mixer.config, first.norm.weight.dtype
-    sizes = Sizes(config.d_model, config.d_inner, config.d_state, config.d_conv, int(config.dt_rank))
-    weights = [_weights(block, sizes, narrow) for block in blocks]
-    fitting = [found for found in weights if found is not None]
-    if len(fitting) != len(blocks) or any(b.residual_in_fp32 != first.residual_in_fp32 for b in blocks):
-        return None
-    name = _NAMES[narrow]
-    return Stack(sizes, name, fitting) if supported(name, fitting) else None
-
-
-def _is_ours(block: Any) -> bool:
-    """Whether a block consists of the classes of this backend, called through their own ``forward``."""
-    from mambax_torch.models import Block, MambaMixer
-
-    if type(block) is not Block or type(block.mixer) is not MambaMixer or type(block.norm) is not RMSNorm:
-        return False
-    mixer = block.mixer
-    linears = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
-    parts = block, mixer, block.norm, mixer.conv1d, *linears
-    return (
-        mixer.config.scan in ("auto", "cpu")
-        and mixer.config.dt_b_c_norm == "none"
-        and block.residual_multiplier == 1
-        and type(mixer.conv1d) is CausalConv1d
-        and all(type(linear) in (Linear, QuantizedLinear) for linear in linears)
-        and type(mixer.dt_proj) is Linear
-        and not any(vars(part).keys() & {"forward", "_compiled_call_impl"} for part in parts)
-        and all(type(part).forward.__module__ in _OWN for part in parts)
-    )
-
-
-def _weights(block: Any, sizes: Sizes, narrow: torch.dtype) -> BlockWeights | None:
-    """The weights of a block, unless one has a shape, dtype or layout that the kernels do not take."""
-    from mambax_cpu.step import BlockWeights
-
-    mixer = block.mixer
-    M, D, N, K, R = sizes
-    given = _Given(narrow)
-    weights = BlockWeights(
-        norm=given.vector(block.norm.weight, (M,)),
-        epsilon=block.norm.eps,
-        in_proj=given.matrix(mixer.in_proj, (2 * D, M)),
-        in_bias=given.vector(mixer.in_proj.bias, (2 * D,)),
-        conv=given.vector(mixer.conv1d.weight, (D, 1, K)),
-        conv_bias=given.vector(mixer.conv1d.bias, (D,)),
-        x_proj=given.matrix(mixer.x_proj, (R + 2 * N, D)),
-        dt_proj=given.vector(mixer.dt_proj.weight, (D, R)),
-        dt_bias=given.vector(mixer.dt_proj.bias, (D,), torch.float32),
-        A_log=given.vector(mixer.A_log, (D, N), torch.float32),
-        D=given.vector(mixer.D, (D,), torch.float32),
-        out_proj=given.matrix(mixer.out_proj, (M, D)),
-        out_bias=given.vector(mixer.out_proj.bias, (M,)),
-    )
-    return weights if given.fit and mixer.x_proj.bias is None else None
-
-
 class _Given:
-    """Tensors as the kernels take them. `fit` becomes False with the first that is not."""
+    """See :class:`mambax_cpu.stacks.Given`."""
 
-    def __init__(self, narrow: torch.dtype) -> None:
-        self.narrow, self.fit = narrow, narrow in _NAMES
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.narrow, self.fit = dtype, _NAMES.get(dtype, ""), dtype in _NAMES
 
-    def vector(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> int:
-        """The address of a tensor of a shape, and of the narrow dtype unless another is named; 0 for None."""
-        if tensor is None:
+    def vector(self, array: Tensor | None, shape: tuple[int, ...], *, wide: bool = False) -> int:
+        """The address of a contiguous tensor of a shape and dtype; 0 for None."""
+        if array is None:
             return 0
-        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-        if not plain or tensor.shape != shape or tensor.dtype != (dtype or self.narrow):
+        plain = type(array) in (Tensor, torch.nn.Parameter) and array.device.type == "cpu"
+        if not plain or array.shape != shape or array.dtype != (torch.float32 if wide else self.dtype):
             self.fit = False
             return 0
-        self.fit &= tensor.is_contiguous()
-        return tensor.data_ptr()
+        self.fit &= array.is_contiguous()
+        return array.data_ptr()
 
     def matrix(self, layer: Any, shape: tuple[int, int]) -> Any:
         """The weight of a linear layer."""
@@ -337,7 +280,7 @@ class _Given:
         from mambax_torch.linear_ops import _weights as quantized
 
         if isinstance(layer, Linear):
-            return Weights(_NAMES.get(self.narrow, ""), *shape, self.vector(layer.weight, shape))
+            return Weights(self.narrow, *shape, self.vector(layer.weight, shape))
         for tensor in (layer.weight, layer.scales):
             plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
             self.fit &= plain and (layer.out_features, layer.in_features) == shape

@@ -9,7 +9,7 @@ from typing import Any
 from mambax import affine
 from mambax.affine import Affine
 from mambax.config import POOLINGS, MambaClassificationConfig, MambaLMConfig, Pooling
-from mambax.families import CAUSAL_LM, CLASSIFIER, ENCODER, Family, family_of, named, supported
+from mambax.families import CAUSAL_LM, CLASSIFIER, ENCODER, Family, Fields, family_of, named, supported
 from mambax.families.translation import TOKEN_IDS
 from mambax.quantization import check_kind
 
@@ -63,7 +63,7 @@ def read_config(raw: Mapping[str, Any], where: str) -> Description:
     """
     family = family_of(raw, where)
     architecture = _architecture(family, raw, where)
-    fields = family.read(raw, where)
+    fields = _fields(family, raw, where)
     token_default = None if family.original or family.name == OURS else 0  # as in transformers
     values = fields.values | {name: raw.get(name, token_default) for name in TOKEN_IDS}
     values["family"] = family.written_as or family.name
@@ -79,6 +79,16 @@ def read_config(raw: Mapping[str, Any], where: str) -> Description:
         raise ValueError(f"{where}: {fields.spelled.get(field, field)}: {error}") from error
     layout = family.name if family.written_as else ""
     return Description(config, architecture, pooling, family.original, layout, _quantization(raw, where))
+
+
+def _fields(family: Family, raw: Mapping[str, Any], where: str) -> Fields:
+    """What a family reads in a file, which its own errors name, and those of the options that it builds do not."""
+    try:
+        return family.read(raw, where)
+    except ValueError as error:
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _architecture(family: Family, raw: Mapping[str, Any], where: str) -> str:

@@ -22,6 +22,7 @@ from mambax.checkpoint.matching import TABLE, Found, main_dtype, match, paramete
 from mambax.checkpoint.sources import Source, find_config, open_source
 from mambax.checkpoint.tensors import FLOATS, is_finite
 from mambax.checkpoint.weights import open_weights
+from mambax.config import SELECTIVE, MambaConfig
 from mambax.init import Initializer
 from mambax.registry import default_backend, get_backend
 from mambax.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def load(
             ``A_log``, ``D`` and ``dt_proj.bias`` are float32 at least, whatever it is.
         revision: a branch, a tag or a commit of the repository.
         local_files_only: use what has been downloaded before, and no network.
-        scan: name of the selective-scan implementation.
+        scan: name of the implementation of the scan: of the selective scan, or of ``ssd`` for Mamba-2.
         quantize: ``"int8"`` or ``"int4"`` to quantise the large layers; see :mod:`mambax.quantization`. On the
             numpy backend, on torch on the CPU, and on mlx, which packs the same weights in its own way. On mlx also
             2, 3, 4, 6 or 8: bits of a weight as MLX and mlx-lm choose it; see :mod:`mambax.affine`. A checkpoint
@@ -88,10 +89,10 @@ def load(
         print(f"mambax: using the {chosen} backend on {device}; backend=... names another", file=sys.stderr)
     if dtype is not None:
         _check_dtype(nn, dtype)
-    scans.choose(scan, "auto", nn.scan_implementations())
 
     source = open_source(repo_or_folder, revision=revision, local_files_only=local_files_only)
     described = _describe(source, scan)
+    _check_scan(nn, described.config)
     if quantize is not None:
         _check_quantize(nn, described, quantize, group_size, device, source.name)
     tensors = open_weights(source)
@@ -195,6 +196,14 @@ def _check_dtype(nn: Backend, dtype: str) -> None:
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(map(repr, FLOATS))}, or None")
     nn.dtype(dtype)  # raises where the framework does not have it
+
+
+def _check_scan(nn: Backend, config: MambaConfig) -> None:
+    """Refuse a scan that the mixers of a model do not have, or that cannot run here."""
+    if config.mamba2 is None or not SELECTIVE.isdisjoint(config.layer_kinds):
+        scans.choose(config.scan, "auto", nn.scan_implementations())
+    if config.mamba2 is not None:
+        scans.choose(config.scan, "auto", nn.ssd_implementations())
 
 
 def _describe(source: Source, scan: str) -> Description:

@@ -76,6 +76,8 @@ def save_pretrained(
             )
         return values
 
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target}: expected a folder to write to, found a file; name another")
     target.mkdir(parents=True, exist_ok=True)
     staging = target / f".saving-{os.urandom(4).hex()}"
     staging.mkdir()

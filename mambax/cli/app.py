@@ -28,7 +28,7 @@ Backend = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="A device of the backend, such as cuda or cpu.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16, bfloat16; by default as stored.")]
-Scan = Annotated[str, typer.Option(help="The selective-scan implementation; see 'mambax doctor'.")]
+Scan = Annotated[str, typer.Option(help="The implementation of the scan; see 'mambax doctor'.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the repository.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use what was downloaded before, and no network.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="At most this many tokens.")]

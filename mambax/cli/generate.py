@@ -24,6 +24,8 @@ def generate(name: str, prompt: str | None, sampling: dict[str, Any], loading: d
     Raises:
         ValueError, OSError, ImportError, FloatingPointError: as loading and generating do.
     """
+    if prompt == "":
+        raise ValueError("the prompt is empty; expected the text to continue")
     text = read_stdin() if prompt in (None, "-") else prompt
     model = load(name, loading, quiet)
     finished = stream(lambda **options: model.generate_streaming(text, **sampling, **options), quiet=quiet)

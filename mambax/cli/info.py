@@ -18,6 +18,7 @@ from mambax.checkpoint.matching import main_dtype, match, parameter_dtype
 from mambax.checkpoint.sources import Folder, Source, find_config, open_source
 from mambax.checkpoint.weights import open_weights
 from mambax.cli.terminal import size
+from mambax.config import SELECTIVE
 from mambax.families import named
 from mambax.generation import PREFILL_CHUNK
 from mambax.registry import get_backend
@@ -51,7 +52,7 @@ def info(name: str, revision: str | None, offline: bool) -> None:
     rows |= {f"state per sequence, {dtype}": size(state_bytes(full, dtype)) for dtype in DTYPES}
     rows |= {f"KV cache per token, {dtype}": size(kv_bytes(full, dtype)) for dtype in DTYPES}
     rows |= {f"memory to run, {dtype}": _memory(full, shapes, dtype) for dtype in DTYPES}
-    rows |= _tokenizer(source)
+    rows |= _tokenizer(source, described)
     out, width = Console(highlight=False, soft_wrap=True), max(map(len, rows))
     for label, value in rows.items():
         out.print(f"{label:<{width}}", style="dim", end="  ")
@@ -120,14 +121,23 @@ def _family(name: str, described: Description) -> dict[str, str]:
     rows |= {field: str(getattr(config, field)) for field in FIELDS if hasattr(config, field)}
     kinds = Counter(config.layer_kinds)
     rows["layers"] = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    if not {"mamba", "bimamba", "bimamba_tied"}.isdisjoint(kinds):
+    if not SELECTIVE.isdisjoint(kinds):
         rows |= {field: str(getattr(config, field)) for field in MAMBA_FIELDS}
     for name, options in vars(config).items():
         if dataclasses.is_dataclass(options):
-            for field in dataclasses.fields(options):
-                value = getattr(options, field.name)
-                if value != field.default:
-                    rows[f"{name}.{field.name}"] = _brief(value)
+            rows |= _options(name, options)
+    return rows
+
+
+def _options(name: str, options: Any) -> dict[str, str]:
+    """The fields of some options that are not their defaults, those of options inside them included."""
+    rows: dict[str, str] = {}
+    for field in dataclasses.fields(options):
+        value, path = getattr(options, field.name), f"{name}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            rows |= _options(path, value)
+        elif value != field.default:
+            rows[path] = _brief(value)
     return rows
 
 
@@ -156,13 +166,14 @@ def _weights(source: Source, described: Description, shapes: Mapping[str, tuple[
     return rows | {"weights": f"{names}, {dtype}, {size(total)}; names and shapes fit the configuration"}
 
 
-def _tokenizer(source: Source) -> dict[str, str]:
+def _tokenizer(source: Source, described: Description) -> dict[str, str]:
     from mambax.checkpoint.loading import ORIGINAL_TOKENIZER
     from mambax.tokenizer import Tokenizer
 
     folder = tokenizer_files.find(source)
     if folder is None:
-        return {"tokenizer": f"none here (the original models use that of {ORIGINAL_TOKENIZER})"}
+        own = f" (the original models use that of {ORIGINAL_TOKENIZER})" if described.original else ""
+        return {"tokenizer": f"none here{own}"}
     tokenizer = Tokenizer.from_pretrained(folder)
     special: dict[str, Any] = tokenizer.special_tokens
     names = ", ".join(f"{role.removesuffix('_token')} {token!r}" for role, token in special.items())

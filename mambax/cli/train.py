@@ -73,16 +73,18 @@ def _recipe(path: Path | None, flags: Mapping[str, Any], assignments: Sequence[s
     given = {key: value for key, value in flags.items() if value is not None}
     where = "the command line"
     values: dict[str, Any] = {}
+    assigned = [parse_assignment(text) for text in assignments]
     if path is None and resume:
-        path = Path(given.get("run", "run")).expanduser() / RECIPE
+        run = dict(assigned).get("run", given.get("run", "run"))
+        path = Path(str(run)).expanduser() / RECIPE
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; name the run to resume with --run")
     if path is not None:
         values, where = read_file(path), str(path)
     for key, value in given.items():
         set_value(values, key, value)
-    for text in assignments:
-        set_value(values, *parse_assignment(text))
+    for key, value in assigned:
+        set_value(values, key, value)
     return parse(values, where)
 
 

@@ -26,6 +26,8 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "norm_epsilon": ("rms_norm_eps",),
     "tie_embeddings": ("tie_word_embeddings",),
 }
+_TURNED = 0.5
+"""Of the channels of a head; transformers takes another fraction from ``rope_parameters`` alone."""
 _NUMBERS = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
     "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2,
@@ -46,20 +48,17 @@ def mamba2_options(raw: Mapping[str, Any], number: Mapping[str, int], epsilon: f
             f"{where}: mamba_d_head is {width!r} and mamba_n_heads {heads}; expected a product of mamba_expand * "
             f"hidden_size = {inner}"
         )
-    try:
-        return Mamba2Options(
-            n_heads=heads,
-            head_dim=width,
-            d_state=number["mamba_d_state"],
-            n_groups=number["mamba_n_groups"],
-            d_conv=number["mamba_d_conv"],
-            dt_limit=raw.get("time_step_limit") or (0.0, float("inf")),
-            use_bias=raw.get("mamba_proj_bias", False),
-            use_conv_bias=raw.get("mamba_conv_bias", True),
-            norm_epsilon=epsilon,
-        )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    return Mamba2Options(
+        n_heads=heads,
+        head_dim=width,
+        d_state=number["mamba_d_state"],
+        n_groups=number["mamba_n_groups"],
+        d_conv=number["mamba_d_conv"],
+        dt_limit=raw.get("time_step_limit") or (0.0, float("inf")),
+        use_bias=raw.get("mamba_proj_bias", False),
+        use_conv_bias=raw.get("mamba_conv_bias", True),
+        norm_epsilon=epsilon,
+    )
 
 
 def write_mamba2(options: Mamba2Options, d_model: int) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
     width = head_dim(values["d_model"], heads, where)
     attending = raw.get("attn_layer_indices") or []
     layers = range(number["num_hidden_layers"])
-    if not isinstance(attending, list) or not set(attending) <= set(layers):
+    if not isinstance(attending, list) or not all(type(i) is int and i in layers for i in attending):
         raise ValueError(f"{where}: attn_layer_indices is {str(attending)[:80]}; expected numbers of layers")
     kinds = [kind for i in layers for kind in ("attention" if i in attending else "mamba2", "mlp")]
     values.setdefault("norm_epsilon", 1e-5)
@@ -103,8 +102,8 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
             head_dim=width,
             n_kv_heads=number["num_key_value_heads"],
             use_bias=raw.get("attention_bias", False),
-            rope_theta=rope_theta(raw, where),
-            rope_dim=width // 2,  # partial_rotary_factor is 0.5 in transformers, whatever the file says
+            rope_theta=rope_theta(raw, where, _TURNED),
+            rope_dim=int(width * _TURNED),
         ),
         "mlp": MLPOptions(d_intermediate=number["intermediate_size"], use_bias=raw.get("mlp_bias", False)),
     }
@@ -128,7 +127,7 @@ def _write(config: MambaLMConfig) -> dict[str, Any]:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": attention.rope_theta,
-            "partial_rotary_factor": 0.5,
+            "partial_rotary_factor": _TURNED,
         },
         "intermediate_size": mlp.d_intermediate,
         "mlp_bias": mlp.use_bias,

@@ -51,26 +51,21 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
     values.setdefault("norm_epsilon", 1e-5)
     values.setdefault("tie_embeddings", False)
     number = whole_numbers(raw, _NUMBERS, where)
-    number["mamba_d_ssm"] = _d_ssm(raw, number["mamba_expand"], values["d_model"], where)
+    number["mamba_d_ssm"] = _d_ssm(raw, number, values["d_model"], where)
     number["head_dim"] = raw.get("head_dim") or head_dim(values["d_model"], number["num_attention_heads"], where)
-    theta, layers = _rope_theta(raw, where), number["num_hidden_layers"]
+    layers = number["num_hidden_layers"]
     gate, down = _multipliers(raw, "mlp_multipliers", 2, where)
     parts = _multipliers(raw, "ssm_multipliers", 5, where)
-    try:
-        values |= {
-            "mamba2": _mamba2(raw, number, parts, values["norm_epsilon"]),
-            "attention": _attention(raw, number, theta),
-            "mlp": MLPOptions(
-                d_intermediate=number["intermediate_size"],
-                use_bias=raw.get("mlp_bias", False),
-                gate_multiplier=gate,
-                out_multiplier=down,
-            ),
-            "parallel": ParallelOptions(**{name: raw.get(name, 1.0) for name in _FACTORS}),
-        }
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     values |= {
+        "mamba2": _mamba2(raw, number, parts, values["norm_epsilon"]),
+        "attention": _attention(raw, number, rope_theta(raw, where)),
+        "mlp": MLPOptions(
+            d_intermediate=number["intermediate_size"],
+            use_bias=raw.get("mlp_bias", False),
+            gate_multiplier=gate,
+            out_multiplier=down,
+        ),
+        "parallel": ParallelOptions(**{name: raw.get(name, 1.0) for name in _FACTORS}),
         "n_layer": 2 * layers,
         "layer_types": ("parallel", "mlp") * layers,
         "residual_in_fp32": False,
@@ -80,11 +75,11 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
     return fields
 
 
-def _d_ssm(raw: Mapping[str, Any], expand: int, d_model: Any, where: str) -> int:
+def _d_ssm(raw: Mapping[str, Any], number: Mapping[str, int], d_model: Any, where: str) -> int:
     """Width of the state-space branch: ``mamba_d_ssm``, or where that is null a multiple of the model's width."""
     inner = raw.get("mamba_d_ssm", 1024)
-    inner = expand * d_model if inner is None else inner
-    heads, width = raw.get("mamba_n_heads", _NUMBERS["mamba_n_heads"]), raw.get("mamba_d_head", "auto")
+    inner = number["mamba_expand"] * d_model if inner is None else inner
+    heads, width = number["mamba_n_heads"], raw.get("mamba_d_head", "auto")
     if type(inner) is not int or inner < heads or inner % heads or width not in ("auto", None, inner // heads):
         raise ValueError(
             f"{where}: mamba_d_ssm is {inner!r}, mamba_n_heads {heads} and mamba_d_head {width!r}; expected the "
@@ -100,12 +95,6 @@ def _multipliers(raw: Mapping[str, Any], name: str, count: int, where: str) -> l
     if not isinstance(found, list) or len(found) != count:
         raise ValueError(f"{where}: {name} is {str(found)[:80]}; expected {count} numbers")
     return found
-
-
-def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
-    theta = rope_theta(raw, where)
-    refuse(raw.get("rope_parameters") or {}, {"partial_rotary_factor": (1.0, 1)}, f"{where}: rope_parameters")
-    return theta
 
 
 def _mamba2(raw: Mapping[str, Any], number: Mapping[str, int], parts: list[float], epsilon: float) -> Mamba2Options:

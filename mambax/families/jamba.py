@@ -70,7 +70,7 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
         "mlp": MLPOptions(
             d_intermediate=place["intermediate_size"],
             n_experts=place["num_experts"],
-            n_experts_per_token=place["num_experts_per_tok"],
+            n_experts_per_token=place["num_experts_per_tok"] if place["num_experts"] else 0,
         ),
     }
     fields.spelled["n_layer"] = "num_hidden_layers"
@@ -88,7 +88,7 @@ def _write(config: MambaLMConfig) -> dict[str, Any]:
     return raw | {
         "num_hidden_layers": len(kinds) // 2,
         "num_experts": config.mlp.n_experts,
-        "num_experts_per_tok": config.mlp.n_experts_per_token,
+        "num_experts_per_tok": config.mlp.n_experts_per_token or 1,
         "num_attention_heads": config.attention.n_heads,
         "num_key_value_heads": config.attention.n_kv_heads,
         "intermediate_size": config.mlp.d_intermediate,

@@ -12,7 +12,7 @@ from typing import Any
 
 from mambax.config import MambaLMConfig
 from mambax.families.family import CAUSAL_LM, Family, Fields
-from mambax.families.pairs import head_dim, whole_numbers
+from mambax.families.pairs import whole_numbers
 from mambax.families.translation import agreed, refuse, require, spelled_fields
 from mambax.options import AttentionOptions, Mamba2Options, MLPOptions, SigmoidMoEOptions
 
@@ -28,6 +28,8 @@ _NUMBERS = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_num_heads": 128,
     "mamba_head_dim": 64, "ssm_state_size": 128,
 }  # fmt: skip
+_HEAD_DIM = 128
+"""Where a file says nothing of it, in transformers as in NVIDIA's code, whatever the width of the model."""
 _WIDTH = {"intermediate_size": 21504}
 _RENAMED = {
     "n_groups": ("n_groups", "mamba_n_groups"),
@@ -71,32 +73,29 @@ def _mlp(raw: Mapping[str, Any], experts: bool, where: str) -> MLPOptions:
     so it is in transformers, and one is what every public model has.
     """
     options: dict[str, Any] = {}
-    try:
-        if experts:
-            refuse(raw, {"n_shared_experts": (1,), "norm_topk_prob": (True, False)}, where)
-            number, latent = whole_numbers(raw, _EXPERTS, where), raw.get("moe_latent_size")
-            options = {
-                "d_shared": number["moe_shared_expert_intermediate_size"],
-                "n_experts": number["n_routed_experts"],
-                "n_experts_per_token": number["num_experts_per_tok"],
-                "sigmoid_moe": SigmoidMoEOptions(
-                    d_expert=number["moe_intermediate_size"],
-                    d_latent=0 if latent is None else latent,
-                    n_groups=number["n_group"],
-                    n_groups_per_token=number["topk_group"],
-                    normalised=raw.get("norm_topk_prob", True),
-                    scale=raw.get("routed_scaling_factor", 1.0),
-                ),
-            }
-        return MLPOptions(
-            d_intermediate=whole_numbers(raw, _WIDTH, where)["intermediate_size"],
-            activation="relu2",
-            gated=False,
-            use_bias=raw.get("mlp_bias", False),
-            **options,
-        )
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+    if experts:
+        refuse(raw, {"n_shared_experts": (1,), "norm_topk_prob": (True, False)}, where)
+        number, latent = whole_numbers(raw, _EXPERTS, where), raw.get("moe_latent_size")
+        options = {
+            "d_shared": number["moe_shared_expert_intermediate_size"],
+            "n_experts": number["n_routed_experts"],
+            "n_experts_per_token": number["num_experts_per_tok"],
+            "sigmoid_moe": SigmoidMoEOptions(
+                d_expert=number["moe_intermediate_size"],
+                d_latent=0 if latent is None else latent,
+                n_groups=number["n_group"],
+                n_groups_per_token=number["topk_group"],
+                normalised=raw.get("norm_topk_prob", True),
+                scale=raw.get("routed_scaling_factor", 1.0),
+            ),
+        }
+    return MLPOptions(
+        d_intermediate=whole_numbers(raw, _WIDTH, where)["intermediate_size"],
+        activation="relu2",
+        gated=False,
+        use_bias=raw.get("mlp_bias", False),
+        **options,
+    )
 
 
 def _read(raw: Mapping[str, Any], where: str) -> Fields:
@@ -109,29 +108,25 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
     fields = spelled_fields(raw, SPELLINGS, where)
     require(fields, SPELLINGS, ("d_model", "vocab_size"), where)
     values, number = fields.values, whole_numbers(raw, _NUMBERS, where)
-    heads = number["num_attention_heads"]
     defaults = {"n_groups": 8, "d_conv": 4, "dt_limit": (0.0, float("inf")), "use_conv_bias": True}
     renamed = {field: agreed(raw, names, where) for field, names in _RENAMED.items()}
     options = defaults | {field: found[1] for field, found in renamed.items() if found is not None}
     values.setdefault("norm_epsilon", 1e-5)
     values.setdefault("tie_embeddings", False)
     values.setdefault("residual_in_fp32", False)
-    try:
-        mamba2 = Mamba2Options(
-            n_heads=number["mamba_num_heads"], head_dim=number["mamba_head_dim"], d_state=number["ssm_state_size"],
-            use_bias=raw.get("use_bias", False), norm_epsilon=values["norm_epsilon"], **options,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    width = raw.get("head_dim") or raw.get("attention_head_dim") or head_dim(values["d_model"], heads, where)
+    mamba2 = Mamba2Options(
+        n_heads=number["mamba_num_heads"], head_dim=number["mamba_head_dim"], d_state=number["ssm_state_size"],
+        use_bias=raw.get("use_bias", False), norm_epsilon=values["norm_epsilon"], **options,
+    )  # fmt: skip
+    width = agreed(raw, ("head_dim", "attention_head_dim"), where)
     values |= {
         "n_layer": len(kinds),
         "layer_types": kinds,
         "rescale_prenorm_residual": False,
         "mamba2": mamba2,
         "attention": AttentionOptions(
-            n_heads=heads,
-            head_dim=width,
+            n_heads=number["num_attention_heads"],
+            head_dim=_HEAD_DIM if width is None else width[1],
             n_kv_heads=number["num_key_value_heads"],
         ),
         "mlp": _mlp(raw, "sigmoid_moe" in kinds, where),

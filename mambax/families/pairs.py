@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mambax.config import MambaLMConfig
+from mambax.families.translation import refuse
 
 _INSIDE = re.compile(r"backbone\.layers\.(\d+)\.(norm|mixer)\.(.+)")
+_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+"""What ``rope_parameters`` of the default rotary embedding may have."""
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.([a-z_]+)\.(.+)")
 
 
@@ -66,10 +69,14 @@ class LayerPairs:
 def whole_numbers(raw: Mapping[str, Any], defaults: Mapping[str, int], where: str) -> dict[str, int]:
     """Whole numbers of a file, with what transformers takes where the file says nothing.
 
+    Where it says ``null`` of the heads of keys and values, they are as many as those of the queries.
+
     Raises:
         ValueError: for one that is none, or out of range.
     """
     found = {name: default if raw.get(name) is None else raw[name] for name, default in defaults.items()}
+    if "num_key_value_heads" in found and raw.get("num_key_value_heads", 0) is None:
+        found["num_key_value_heads"] = found["num_attention_heads"]
     for name, value in found.items():
         low = 0 if name.endswith(("_offset", "_experts")) else 1
         if type(value) is not int or not low <= value <= 2**24:
@@ -88,20 +95,32 @@ def head_dim(d_model: Any, heads: int, where: str) -> int:
     return d_model // heads
 
 
-def rope_theta(raw: Mapping[str, Any], where: str) -> float:
+def rope_theta(raw: Mapping[str, Any], where: str, fraction: float = 1.0) -> float:
     """The base of the rotary embedding, as old and new files spell it.
 
+    Args:
+        raw: the file.
+        where: its path.
+        fraction: of the channels of a head, those that turn: that of the family, and the only one it may have.
+
     Raises:
-        ValueError: for a scaling of positions, which is not supported.
+        ValueError: for a scaling of positions, another fraction, or an embedding for each kind of layer, which are
+            not supported.
     """
     parameters = raw.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise ValueError(f"{where}: rope_parameters is {str(parameters)[:80]}; expected an object")
-    kind = parameters.get("rope_type", "default")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     scaling = raw.get("rope_scaling")
     if kind != "default" or scaling:
         found = f"rope_type {kind!r}" if kind != "default" else f"rope_scaling {str(scaling)[:80]}"
         raise ValueError(f"{where}: {found} is not supported; only the default rotary embedding is")
+    unknown = sorted(parameters.keys() - _ROPE)
+    if unknown:
+        names = ", ".join(unknown)[:200]
+        raise ValueError(f"{where}: rope_parameters with {names} is not supported; only the default rotary one is")
+    turned = (1.0, 1) if fraction == 1 else (fraction,)
+    refuse(parameters, {"partial_rotary_factor": turned}, f"{where}: rope_parameters")
     theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta >= 1:
         raise ValueError(f"{where}: rope_theta is {theta!r}; expected a number from 1")

@@ -122,31 +122,28 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
             f"{where}: tie_word_embeddings is False, by which transformers stores each use of a shared block as a "
             f"block of its own; only True is supported where {blocks} blocks have {len(places)} uses"
         )
-    try:
-        values |= {
-            "n_layer": number["num_hidden_layers"],
-            "layer_types": ("mamba2",) * number["num_hidden_layers"],
-            "residual_in_fp32": False,
-            "rescale_prenorm_residual": False,
-            "mamba2": Mamba2Options(
-                n_heads=ssm_heads, head_dim=inner // ssm_heads, d_state=number["mamba_d_state"],
-                n_groups=number["mamba_ngroups"], d_conv=number["mamba_d_conv"], use_bias=bias,
-                dt_limit=(least, float("inf")),  # what transformers clamps dt with
-            ),
-            "attention": AttentionOptions(
-                n_heads=heads, head_dim=width, n_kv_heads=kv_heads, rope_theta=_theta(raw, where),
-                scale=(width / 2) ** -0.5,
-            ),
-            "mlp": MLPOptions(
-                d_intermediate=raw.get("intermediate_size") or 4 * M, activation="gelu", use_bias=bias
-            ),
-            "shared": SharedOptions(
-                places=places, n_blocks=blocks,
-                adapter_rank=number["adapter_rank"], adapts_attention=adapts,
-            ),
-        }  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    values |= {
+        "n_layer": number["num_hidden_layers"],
+        "layer_types": ("mamba2",) * number["num_hidden_layers"],
+        "residual_in_fp32": False,
+        "rescale_prenorm_residual": False,
+        "mamba2": Mamba2Options(
+            n_heads=ssm_heads, head_dim=inner // ssm_heads, d_state=number["mamba_d_state"],
+            n_groups=number["mamba_ngroups"], d_conv=number["mamba_d_conv"], use_bias=bias,
+            dt_limit=(least, float("inf")),  # what transformers clamps dt with
+        ),
+        "attention": AttentionOptions(
+            n_heads=heads, head_dim=width, n_kv_heads=kv_heads, rope_theta=_theta(raw, where),
+            scale=(width / 2) ** -0.5,
+        ),
+        "mlp": MLPOptions(
+            d_intermediate=raw.get("intermediate_size") or 4 * M, activation="gelu", use_bias=bias
+        ),
+        "shared": SharedOptions(
+            places=places, n_blocks=blocks,
+            adapter_rank=number["adapter_rank"], adapts_attention=adapts,
+        ),
+    }  # fmt: skip
     fields.spelled["n_layer"] = "num_hidden_layers"
     return fields
 

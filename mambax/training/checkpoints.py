@@ -137,9 +137,11 @@ def _wait(engine: Engine) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Wait until the files of a folder are on the disk."""
+    """Wait until a folder and all in it are on the disk."""
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_dir():
+            _flush_folder(path)
+        else:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
     _flush_folder(folder)

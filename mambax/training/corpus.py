@@ -86,14 +86,23 @@ class Lines:
             try:
                 value = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{self.path}, line {number}: not valid JSON: {error}") from error
-            if not isinstance(value, dict) or not isinstance(value.get(self.field), str):
-                keys = ", ".join(map(repr, list(value)[:8])) if isinstance(value, dict) else type(value).__name__
                 raise ValueError(
-                    f"{self.path}, line {number}: expected an object with text under {self.field!r}, found {keys}; "
-                    "name the field with data.field"
+                    f"{self.path}, line {number}: not valid JSON: {error}; correct the line, or leave it out"
+                ) from error
+            if not isinstance(value, dict) or not isinstance(value.get(self.field), str):
+                raise ValueError(
+                    f"{self.path}, line {number}: expected an object with text under {self.field!r}, found "
+                    f"{self._found(value)}; name the field with data.field"
                 )
             yield value[self.field]
+
+    def _found(self, value: object) -> str:
+        """What stands in the place of an object with text, in words."""
+        if not isinstance(value, dict):
+            return type(value).__name__
+        if self.field in value:
+            return f"{type(value[self.field]).__name__} there"
+        return ", ".join(map(repr, list(value)[:8]))
 
     def _lines(self) -> Iterator[str]:
         try:

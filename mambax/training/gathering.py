@@ -29,7 +29,8 @@ def gather_checkpoint(checkpoint: str | os.PathLike[str], folder: str | os.PathL
     """Write the model in a sharded checkpoint of a run in Hugging Face layout, which every backend loads.
 
     Runs in one process, whatever the number of those that trained, and needs PyTorch. The whole model is in host
-    memory meanwhile.
+    memory meanwhile. What the shards hold is written as a pickle, which can run code when it is read: gather
+    checkpoints of runs that you trust.
 
     Args:
         checkpoint: a folder ``step-<number>`` of a run with ``distributed="fsdp"``.

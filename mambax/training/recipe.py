@@ -66,7 +66,10 @@ class DataConfig:
                 object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         fields.check(self)
         if not self.train:
-            raise ValueError("data.train is empty; expected text files, .jsonl files or folders of them")
+            raise ValueError(
+                "data.train is empty; expected text files, .jsonl files or folders of them; name some, on the "
+                "command line with --text"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,8 @@ def build(
     recipe = checked.recipe
     world = world or Processes()
     run = Path(recipe.run).expanduser()
+    if run.exists() and not run.is_dir():
+        raise NotADirectoryError(f"{run}: expected a folder to write to, found a file; name another")
     run.mkdir(parents=True, exist_ok=True)
     if world.process:
         world.wait()  # until process 0 has made what all of them read

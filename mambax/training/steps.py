@@ -58,9 +58,10 @@ class Steps:
 
         Raises:
             NotFinite: in every process, when the loss or the gradient is NaN or infinite; before the update.
-            ValueError: for a batch that cannot be cut into windows.
+            ValueError: for a batch that cannot be cut into windows, or not be shared by the processes.
         """
         whole = self.data.batch(step)
+        self._check_rows(step, whole.rows)
         engine, items = self.engine, max(1, whole.items)
         first = whole.rows * engine.process // engine.processes
         batch = whole.part(first, whole.rows * (engine.process + 1) // engine.processes)
@@ -103,6 +104,15 @@ class Steps:
                 states.append(state)
         self.states = states
         return loss, right, bad
+
+    def _check_rows(self, step: int, rows: int) -> None:
+        """Refuse, in every process alike, rows with which one would wait for ever for what another does not do."""
+        expected, processes = self.config.batch_size, self.engine.processes
+        if rows == 0 or (processes > 1 and rows != expected):
+            raise ValueError(
+                f"step {step}: the data gave a batch of {rows} rows; expected batch_size, {expected}, which "
+                f"{processes} process(es) share. Give the data and the configuration the same batch_size"
+            )
 
     def _refuse(self, step: int, bad: _Bad) -> None:
         where = (

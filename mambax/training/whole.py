@@ -70,8 +70,8 @@ def export_whole(engine: WholeEngine, checkpoint: Path, folder: Path) -> None:
         load(checkpoint, backend="numpy", dtype="float32").save_pretrained(folder)
 
 
-def unreadable(folder: Path, error: BaseException) -> ValueError:
-    """What to say of a damaged checkpoint."""
+def unreadable(folder: Path, error: BaseException | str) -> ValueError:
+    """What to say of a damaged checkpoint, and of what is wrong with it."""
     return ValueError(
         f"{folder}: this checkpoint cannot be read: {error}. To go on from the one before, delete this folder"
     )

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mambax.scan import refuse_mask_with_boundaries
-from mambax.ssd import _check_shapes as check_shapes
+from mambax.ssd import check_shapes
 from mambax_mlx.kernels.launch import Call, Launch
 from mambax_mlx.kernels.scan import ENOUGH_THREADS, EVERY, MASKED, PACKED, SHARES, once_differentiable
 from mambax_mlx.kernels.ssd_plan import CHUNK, GRADIENT_CHUNK, ceil, plan, refusal

@@ -10,8 +10,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
+
+from mambax_torch.ops import inside_transform
 
 OLDEST = (8, 0)
 """Compute capability from which the kernels are used: bfloat16 in hardware."""
@@ -77,8 +77,7 @@ def why_not_triton(x: Tensor, otherwise: str = "pscan") -> str:
         return reason
     if x.device.type == "cuda" and (reason := _too_old(x.device.index)):
         return reason
-    # Here PyTorch would hand over wrapped tensors without memory, or drop the tangent.
-    if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if inside_transform():
         return f"it cannot run inside torch.func transforms and forward-mode differentiation; use {otherwise!r}"
     return ""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mambax.scan import refuse_mask_with_boundaries
-from mambax.ssd import _check_shapes as check_shapes
+from mambax.ssd import check_shapes
 from mambax_torch.cpu_ops import may_call_directly
 from mambax_torch.kernels import ssd as kernels
 from mambax_torch.kernels.ssd_plan import arguments
