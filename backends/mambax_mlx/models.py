@@ -10,6 +10,7 @@ from mambax import (
     attention,
     bidirectional,
     blocks,
+    encoder,
     experts,
     mamba2,
     mlp,
@@ -162,7 +163,7 @@ class SharedBlock(shared_blocks.SharedBlock, Module):
     mlp_cls = SharedMLP
 
 
-class MambaEncoder(models.MambaEncoder, Module):
+class MambaEncoder(encoder.MambaEncoder, Module):
     nn: ClassVar[Backend] = mambax_mlx
     block_cls = Block
     shared_cls = SharedBlock

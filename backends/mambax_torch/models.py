@@ -12,6 +12,7 @@ from mambax import (
     attention,
     bidirectional,
     blocks,
+    encoder,
     experts,
     mamba2,
     mlp,
@@ -164,7 +165,7 @@ class SharedBlock(shared_blocks.SharedBlock, Module):
     mlp_cls = SharedMLP
 
 
-class MambaEncoder(models.MambaEncoder, Module):
+class MambaEncoder(encoder.MambaEncoder, Module):
     nn: ClassVar[Backend] = mambax_torch
     block_cls = Block
     shared_cls = SharedBlock
