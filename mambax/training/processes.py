@@ -26,7 +26,7 @@ class Processes(NamedTuple):
 
     process: int = 0
     processes: int = 1
-    wait: Callable[[], None] = _stay
+    wait: Callable[[], object] = _stay
 
 
 def distributed_module(nn: Any) -> Any:
