@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -94,12 +96,12 @@ def time_steps(dt_proj: Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
     The bias is several times larger than what the product gives, and their sum goes through an exponential: rounded
     to bfloat16, it makes time steps wrong by up to a sixtieth. In what ``torch.compile`` traces it still does.
     """
-    if not torch.is_autocast_enabled(dt.device.type) or not _is_plain_linear(dt_proj):
-        return dt_proj(dt), None
-    return _linear(dt, dt_proj.weight, None), dt_proj.bias
+    if torch.is_autocast_enabled(dt.device.type) and _is_plain_linear(dt_proj):
+        return _linear(dt, dt_proj.weight, None), dt_proj.bias
+    return dt_proj(dt), None
 
 
-def _is_plain_linear(layer: Module) -> bool:
+def _is_plain_linear(layer: Module) -> TypeGuard[Linear]:
     """Whether calling a layer runs :class:`Linear` and nothing else."""
     if type(layer) is not Linear or getattr(layer.forward, "__func__", None) is not _FORWARD:
         return False
