@@ -143,9 +143,13 @@ def markdown(parts: dict[str, Part], stem: str = STEM) -> str:
     return "\n".join(lines)
 
 
+FIGURES = ("scan", "models")
+"""The plots that :func:`benchmarks.plots.draw` makes."""
+
+
 def pictures(stem: str, folder: Path = RESULTS) -> list[Path]:
     """The plots that exist for a stem."""
-    return sorted(folder.glob(f"{stem}-*.png"))
+    return [path for name in FIGURES if (path := folder / f"{stem}-{name}.png").is_file()]
 
 
 def write(parts: dict[str, Part], folder: Path, stem: str) -> list[Path]:
