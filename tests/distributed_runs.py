@@ -43,3 +43,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # PyTorch's own threads sometimes abort an interpreter that is being taken down, after all is done
