@@ -5,6 +5,7 @@ python distributed_runs.py BACKEND FOLDER RUN STEPS [stop | resume] [field=value
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -41,7 +42,15 @@ def main() -> None:
         path.write_text(json.dumps(before | dict(losses)), "utf-8")
 
 
+def no_threads_of_gloo() -> None:
+    """A process that had some when its interpreter was taken down is aborted now and then, so here always."""
+    threads = Path("/proc/self/task")
+    names = [(thread / "comm").read_text("utf-8") for thread in threads.iterdir()] if threads.is_dir() else []
+    if any("gloo" in name for name in names):
+        print(f"expected no threads of gloo at the end, found {names}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 if __name__ == "__main__":
+    atexit.register(no_threads_of_gloo)  # runs last
     main()
-    sys.stdout.flush()
-    os._exit(0)  # PyTorch's own threads sometimes abort an interpreter that is being taken down, after all is done

@@ -155,7 +155,12 @@ def test_the_command_in_two_processes(tmp_path, backend):
     }  # fmt: skip
     (tmp_path / "recipe.json").write_text(json.dumps(made), "utf-8")
     script = tmp_path / "command.py"  # mlx.launch takes scripts alone
-    script.write_text("from mambax.cli import main\n\nmain()\n", "utf-8")
+    script.write_text(
+        f"import atexit, sys\n\nsys.path.append({str(Path(CHILD).parent)!r})\n\n"
+        "from distributed_runs import no_threads_of_gloo\n\nfrom mambax.cli import main\n\n"
+        "atexit.register(no_threads_of_gloo)\nmain()\n",
+        "utf-8",
+    )
     said = launch(backend, 2, str(script), "train", str(tmp_path / "recipe.json"))
     assert said.count("model: ") == 1  # process 0 alone speaks
     assert "(2 processes, " in said

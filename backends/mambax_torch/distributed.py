@@ -8,10 +8,13 @@ Dimensions: B batch, L length.
 from __future__ import annotations
 
 import atexit
+import gc
+import importlib
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -73,12 +76,27 @@ def join(device: str) -> Processes:
         on_gpu = device.startswith("cuda")
         if on_gpu:
             torch.cuda.set_device(device)
+        # its functions have the group as a default, if there is one when it is imported, and so for ever
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if on_gpu else "gloo")
-        atexit.register(_leave)  # gloo's threads abort a process that ends before they do
+        atexit.register(_leave)
     return Processes(dist.get_rank(), dist.get_world_size(), dist.barrier)
 
 
+_engines: WeakSet[Engine] = WeakSet()
+"""Those that met other processes."""
+
+
 def _leave() -> None:
+    """End the threads of the process group, while there is an interpreter.
+
+    A thread of gloo may still have to let go of the tensors of a collective that is done, for which it takes the
+    interpreter's lock. Before Python 3.14, one that does so while the interpreter is taken down aborts the process.
+    The threads end with the last reference to the group.
+    """
+    while _engines:
+        _engines.pop().module = None  # DistributedDataParallel holds the group
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -104,6 +122,7 @@ class Engine(training.Engine):
                 "the number that torchrun gives in LOCAL_RANK"
             )
         self.process, self.processes, _ = join(str(self.device))
+        _engines.add(self)
         if self.batch_size < self.processes:
             raise ValueError(
                 f"batch_size is {self.batch_size}; expected at least a row for each process, {self.processes}"

@@ -9,6 +9,7 @@ Dimensions: B batch, L length.
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -75,6 +76,7 @@ class Engine(distributed.Engine):
         for parameter in model.parameters():
             dist.broadcast(parameter.data, 0)
         mesh = init_device_mesh(self.device.type, (self.processes,))
+        atexit.register(_let_go, mesh)
         wide = MixedPrecisionPolicy(cast_forward_inputs=False)  # states stay in float32
         narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in model.backbone.layers:
@@ -213,6 +215,15 @@ def _contents(folder: Path) -> dict[str, Any]:
         return FileSystemReader(folder / SHARDS).read_metadata().state_dict_metadata
     except (OSError, ValueError, *_OF_PICKLES) as error:
         raise unreadable(folder, f"{SHARDS}/{_CONTENTS}: {error or type(error).__name__}") from error
+
+
+def _let_go(mesh: DeviceMesh) -> None:
+    """Drop the process group of a mesh, at the end: see :func:`mambax_torch.distributed.join`.
+
+    PyTorch remembers what an operation on a DTensor gives, and with it the mesh, for as long as the process lives;
+    in newer releases, the mesh has the group itself.
+    """
+    getattr(mesh, "_pg_registry", {}).clear()
 
 
 def _check(model: Any) -> None:
