@@ -164,19 +164,6 @@ def _mamba2(part: Part) -> Iterator[Goal]:
                 yield Goal(about + "times as fast as transformers", _faster(entry, rival), (">=", times[kind]))
 
 
-def _memory(part: Part) -> Iterator[Goal]:
-    """Memory of the longest prompt against that of the shortest, where it is not to depend on it."""
-    cases = [case for case in part.cases if case.name == "mamba2 memory"]
-    if len(cases) < 2:
-        return
-    for entry in cases[-1].entries:
-        short = cases[0].entry(entry.label)
-        if entry.median is not None and short is not None:
-            share = entry.figures["peak"] / short.figures["peak"]
-            lengths = f"{cases[-1].job['length']} tokens against {cases[0].job['length']}"
-            yield Goal(f"Mamba-2, {entry.label}: peak memory of {lengths}", share, ("<=", 1.02))
-
-
 GOALS: dict[str, Callable[[Part], Iterator[Goal]]] = {
     "scan": _scan,
     "prefill": _prefill,
@@ -187,6 +174,5 @@ GOALS: dict[str, Callable[[Part], Iterator[Goal]]] = {
     "start": _start,
     "mamba2-prefill": _mamba2,
     "mamba2-decode": _mamba2,
-    "memory": _memory,
 }
 """Part -> its goals."""

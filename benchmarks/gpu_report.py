@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_goals import goals
 from benchmarks.harness import Case, Entry
-from benchmarks.report import RESULTS, duration, goals_table, memory
+from benchmarks.report import RESULTS, duration, goals_table, memory, stem_of
 from benchmarks.results import OURS, Part, best, load, ours
 
 STEM = "gpu"
@@ -195,7 +194,7 @@ def _bar_figure(cases: list[Case]) -> Any:
 
 def main() -> None:
     """Redraw everything from the JSON."""
-    stem = sys.argv[1] if len(sys.argv) > 1 else STEM
+    stem = stem_of("python -m benchmarks.gpu_report", "Write tables and plots again from the JSON.", STEM)
     parts = load(RESULTS / f"{stem}.json")
     if not parts:
         raise SystemExit(f"{RESULTS / stem}.json does not exist; run python -m benchmarks.gpu first")

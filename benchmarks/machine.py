@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 PACKAGES = (
-    "mambax", "numpy", "numba", "ml_dtypes", "torch", "transformers", "mambapy", "mlx", "mlx-lm",
+    "mambax", "numpy", "llvmlite", "ml_dtypes", "torch", "transformers", "mambapy", "mlx", "mlx-lm",
     "llama-cpp-python", "gguf",
 )  # fmt: skip
 

@@ -6,13 +6,12 @@ of "mlx", which it is unless named, into the documentation.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.goals import Goal
 from benchmarks.harness import Case, Entry
-from benchmarks.report import BEGIN, END, RESULTS, duration, goals_table, provenance
+from benchmarks.report import BEGIN, END, RESULTS, duration, goals_table, provenance, stem_of
 from benchmarks.results import Part, load
 
 PAGE = RESULTS.parent.parent / "docs" / "mlx-benchmarks.md"
@@ -149,7 +148,7 @@ def update_page(parts: dict[str, Part], page: Path = PAGE) -> None:
 
 def main() -> None:
     """Write everything again from the JSON."""
-    stem = sys.argv[1] if len(sys.argv) > 1 else STEM
+    stem = stem_of("python -m benchmarks.mlx_report", "Write the tables again from the JSON.", STEM)
     parts = load(RESULTS / f"{stem}.json")
     if not parts:
         raise SystemExit(f"{RESULTS / stem}.json does not exist; run python -m benchmarks.mlx first")

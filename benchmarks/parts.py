@@ -42,17 +42,10 @@ class Context:
         """The weights of the plan's Mamba-2, beside those of its model."""
         return self.folder.parent / self.plan.mamba2
 
-    @property
-    def hybrid_folder(self) -> Path:
-        """The weights of the plan's hybrid."""
-        return self.folder.parent / self.plan.hybrid
-
     def folders(self, part: str) -> list[Path]:
         """The weights that a part takes, first those whose shape its results name; none without models."""
         if part.startswith("mamba2"):
             return [self.mamba2_folder]
-        if part == "memory":
-            return [self.mamba2_folder, self.hybrid_folder]
         return [self.folder, self.long_folder] if part in NEED_WEIGHTS else []
 
     def settings(self, **changes: Any) -> Settings:
@@ -75,7 +68,7 @@ class Group:
 def limits(c: Context) -> list[Group]:
     """What the machine can do at most."""
     p, threads = c.plan, {"threads": c.threads}
-    reading = [Spec(f"{way}", "limits:Memory", {"way": way, **threads}, ("read",)) for way in ("numba", "dot")]
+    reading = [Spec(f"{way}", "limits:Memory", {"way": way, **threads}, ("read",)) for way in ("kernel", "dot")]
     copying = [Spec("copy", "limits:Memory", {"way": "copy", **threads}, ("copy",))]
     jobs: list[Job] = [{"kind": kind, "bytes": p.memory_bytes} for kind in ("read", "copy")]
     groups = [Group("limits memory", reading + copying, jobs, c.settings())]
@@ -300,7 +293,6 @@ PARTS: dict[str, Callable[[Context], list[Group]]] = {
     "start": start,
     "mamba2-prefill": _of_mamba2("prefill"),
     "mamba2-decode": _of_mamba2("decode"),
-    "memory": _of_mamba2("long_prompts"),
 }
 """The parts by name, in the order in which they are run. ``limits`` is part of every run."""
 

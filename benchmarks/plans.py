@@ -13,13 +13,12 @@ class Plan:
         name: ``"full"``, ``"quick"`` or ``"dry-run"``.
         model: a shape of :data:`benchmarks.shapes.SHAPES`.
         long_model: the shape whose decoding is followed for `flat_steps` steps.
-        mamba2, hybrid: shapes of Mamba-2, alone and with attention.
+        mamba2: a shape of Mamba-2.
         dtypes: of the weights of Mamba-2 beside others.
         rounds, least, turn_s, contender_s, call_s: as of :class:`benchmarks.harness.Settings`.
         length, channels, states: L, D and N of the scan that the implementations are compared at.
         lengths, other_states, other_channels: sizes that the scan is followed over, one varied at a time.
         prompts: tokens of the prompts that are prefilled.
-        long_prompts: of those whose memory is looked at.
         batches: rows that are decoded at once.
         steps: tokens that a row gets in one run.
         training: rows and tokens of each row of the training step.
@@ -31,7 +30,6 @@ class Plan:
     model: str = "mamba-130m"
     long_model: str = "small"
     mamba2: str = "mamba2-130m"
-    hybrid: str = "hybrid-170m"
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     rounds: int = 5
     least: int = 2
@@ -45,7 +43,6 @@ class Plan:
     other_states: tuple[int, ...] = (4, 64)
     other_channels: tuple[int, ...] = (512, 4096)
     prompts: tuple[int, ...] = (512, 2048)
-    long_prompts: tuple[int, ...] = (2048, 32768)
     batches: tuple[int, ...] = (1, 8)
     steps: int = 16
     flat_steps: int = 100_000
@@ -63,9 +60,9 @@ QUICK = Plan(
     other_channels=(), prompts=(512,), flat_steps=5000, training=(2, 128), compiled=False,
 )  # fmt: skip
 DRY_RUN = Plan(
-    "dry-run", model="tiny", long_model="tiny", mamba2="mamba2-tiny", hybrid="hybrid-tiny",
+    "dry-run", model="tiny", long_model="tiny", mamba2="mamba2-tiny",
     rounds=1, least=1, turn_s=0.001, length=40, channels=48, states=4,
-    lengths=(8, 40), other_states=(3,), other_channels=(24,), prompts=(24,), long_prompts=(24,),
+    lengths=(8, 40), other_states=(3,), other_channels=(24,), prompts=(24,),
     batches=(1, 2), steps=2,
     flat_steps=200, training=(2, 8), memory_bytes=1 << 20, side=64, exponentials=1 << 15, compiled=False,
 )  # fmt: skip

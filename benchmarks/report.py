@@ -6,7 +6,7 @@ without its ending: ``cpu`` unless named.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from benchmarks.goals import Goal, goals
@@ -180,9 +180,17 @@ def update_page(parts: dict[str, Part], page: Path = PAGE) -> None:
     page.write_text(before + begin + "\n" + "\n".join(lines) + "\n" + end + after, encoding="utf-8", newline="\n")
 
 
+def stem_of(program: str, about: str, default: str) -> str:
+    """The results that the command line names, without the ending of their file."""
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    text = f"a file of benchmarks/results without its ending; {default} unless named"
+    parser.add_argument("stem", nargs="?", default=default, help=text)
+    return parser.parse_args().stem
+
+
 def main() -> None:
     """Redraw everything from the JSON."""
-    stem = sys.argv[1] if len(sys.argv) > 1 else STEM
+    stem = stem_of("python -m benchmarks.report", "Write tables and plots again from the JSON.", STEM)
     path = RESULTS / f"{stem}.json"
     parts = load(path)
     if not parts:

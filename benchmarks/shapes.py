@@ -20,18 +20,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rescale_prenorm_residual": False,
         "mamba2": {"n_heads": 4, "head_dim": 16, "d_state": 16},
     },
-    "hybrid-170m": {  # as Bamba: mixers and MLPs by turns, one mixer in eight attention
-        "d_model": 768, "n_layer": 32, "vocab_size": 50288,
-        "layer_types": (("mamba2", "mlp") * 4 + ("attention", "mlp") + ("mamba2", "mlp") * 3) * 2,
-        "mamba2": {"n_heads": 24, "head_dim": 64, "d_state": 128},
-        "attention": {"n_heads": 12, "head_dim": 64, "n_kv_heads": 4, "rope_theta": 10000.0},
-        "mlp": {"d_intermediate": 2048},
-    },
-    "hybrid-tiny": {
-        "d_model": 32, "n_layer": 4, "vocab_size": 96, "layer_types": ("mamba2", "mlp", "attention", "mlp"),
-        "mamba2": {"n_heads": 4, "head_dim": 16, "d_state": 16},
-        "attention": {"n_heads": 2, "head_dim": 16, "n_kv_heads": 1}, "mlp": {"d_intermediate": 48},
-    },
 }  # fmt: skip
 """Fields of :class:`mambax.MambaLMConfig`; others have their defaults (d_state 16, d_conv 4, expand 2, tied)."""
 

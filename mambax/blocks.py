@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from mambax.backend import Array, Backend, Ops
 from mambax.config import MambaConfig
 from mambax.init import Initializer
-from mambax.layer_states import LayerState
+from mambax.layer_states import LayerState, check_layer_state
 from mambax.scan import at_least_float32, scaled
 
 
@@ -97,7 +97,9 @@ class MambaMixer:
             ValueError: for a state of other sizes, and for a mask together with boundaries.
         """
         if state is not None:
-            self._check_state(state, hidden.shape[0])
+            batch, D = hidden.shape[0], self.config.d_inner
+            needed = (batch, self.config.d_conv - 1, D), (batch, D, self.config.d_state)
+            check_layer_state(state, self.layer_idx, *needed)
         y, after = self.mix(self.in_proj(hidden), state, mask, boundaries)
         return self.out_proj(y), after
 
@@ -138,16 +140,6 @@ class MambaMixer:
             eps = config.dt_b_c_norm_epsilon
             return rms(nn, dt, eps), rms(nn, B, eps), rms(nn, C, eps)
         return dt, B, C
-
-    def _check_state(self, state: LayerState, batch: int) -> None:
-        config = self.config
-        found = tuple(state.conv.shape), tuple(state.ssm.shape)
-        needed = (batch, config.d_conv - 1, config.d_inner), (batch, config.d_inner, config.d_state)
-        if found != needed:
-            raise ValueError(
-                f"state: conv_state and ssm_state of layer {self.layer_idx} are {found[0]} and {found[1]}, but "
-                f"this model and input need {needed[0]} and {needed[1]}; use the state of the same model and rows"
-            )
 
     def init_state(self, batch: int) -> LayerState:
         """The state before the first position: zeros, (batch, K-1, D) and (batch, D, N)."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mambax.backend import Backend
-from mambax.config import MambaClassificationConfig, MambaLMConfig
+from mambax.config import MambaClassificationConfig, MambaConfig, MambaLMConfig
 from mambax.init import Initializer
-from mambax.registry import default_backend, get_backend
+from mambax.registry import choose_backend
 
 
 def model_class(nn: Backend, config: MambaLMConfig) -> Any:
@@ -30,8 +30,14 @@ def from_config(config: MambaLMConfig, *, backend: str | None = None, seed: int 
         The backend's model: a ``torch.nn.Module``, an ``mlx.nn.Module`` or a NumPy module.
 
     Raises:
-        ValueError: for an unknown backend.
+        ValueError: for an unknown backend, and for a configuration that is neither of the two.
         ImportError: when its framework is missing, with the command that installs it.
     """
-    nn = get_backend(backend or default_backend())
+    if not isinstance(config, MambaLMConfig):
+        hint = ", which has the vocabulary that a model needs" if isinstance(config, MambaConfig) else ""
+        raise ValueError(
+            f"config is of type {type(config).__name__}; expected a MambaLMConfig or a MambaClassificationConfig"
+            f"{hint}"
+        )
+    nn = choose_backend(backend)
     return model_class(nn, config)(config, init=Initializer(seed))

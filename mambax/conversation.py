@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mambax.chat import NAMED_TEMPLATES, check_messages
 from mambax.generation import Generation, StreamEvent
+from mambax.paths import path_of
 from mambax.state import InferenceParams
 
 SNAPSHOTS = 16
@@ -51,10 +52,13 @@ class Conversation:
         read_again: whether the latest turn had to read earlier ones again.
 
     Raises:
-        ValueError: when the model has no tokenizer, and for a template that is unknown or fails.
+        ValueError: for what is no causal language model or has no tokenizer, and for a template that is unknown or
+            fails.
     """
 
     def __init__(self, model: Any, *, template: str | None = None, system: str | None = None) -> None:
+        if getattr(model, "generate_streaming", None) is None:
+            raise ValueError(f"a conversation needs a causal language model, found {type(model).__name__}")
         if model.tokenizer is None:
             raise ValueError("a conversation needs a tokenizer, and this model has none; set model.tokenizer")
         self.model = model
@@ -118,12 +122,18 @@ class Conversation:
 
         Raises:
             ValueError: when nothing has been said yet.
+            FileNotFoundError: when the folder does not exist.
+            IsADirectoryError: when a folder has the name, or that of a file.
+            OSError: when a file cannot be written; those of an earlier save are as they were.
         """
         from mambax.checkpoint.json_files import dump_object
 
         talk, arrays = _files(path)
         if not talk.parent.is_dir():
             raise FileNotFoundError(f"{talk.parent}: no such folder; expected one that exists")
+        for place in (path_of(path, "path"), talk, arrays):
+            if place.is_dir():
+                raise IsADirectoryError(f"{place}: expected a name for two files, found a folder; use another name")
         latest = self._snapshots[-1]
         if not any(message["role"] == "user" for message in self.messages):
             raise ValueError("there is nothing to save: nothing has been said yet")
@@ -153,9 +163,11 @@ class Conversation:
         from mambax.checkpoint.json_files import read_object
 
         talk, arrays = _files(path)
+        _expect(talk)
         saved = _checked(talk, read_object(talk))
         state = None
         if saved["state"] is not None:
+            _expect(arrays)
             if _digest(arrays) != saved["state"]:
                 raise ValueError(f"{arrays}: not the state that {talk.name} was saved with; save them again")
             state = self.model.load_state(arrays)
@@ -221,11 +233,16 @@ def interrupt(events: Any) -> Iterator[StreamEvent]:
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:
-    path = Path(path).expanduser()
+    path = path_of(path, "path")
     stem = path.name.removesuffix(".json").removesuffix(".safetensors")
     if not stem:
         raise ValueError(f"{str(path)!r} does not name a file")
     return path.with_name(f"{stem}.json"), path.with_name(f"{stem}.safetensors")
+
+
+def _expect(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected one of the two that Conversation.save writes")
 
 
 def _digest(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from mambax.backend import Array, Backend
 from mambax.config import MambaConfig
 from mambax.init import Initializer
-from mambax.inputs import as_boundaries, as_mask, check_hidden
+from mambax.inputs import as_boundaries, as_mask, check_batch, check_hidden
 from mambax.state import InferenceParams
 
 
@@ -140,7 +140,12 @@ class MambaEncoder:
         return nn.where(last > 0, length + 1 - last, before + length)
 
     def init_state(self, batch: int = 1) -> InferenceParams:
-        """The state before the first token, for ``batch`` rows."""
+        """The state before the first token, for ``batch`` rows.
+
+        Raises:
+            ValueError: for a batch that is not a whole number from 0 up.
+        """
+        check_batch(batch)
         layers = [layer.mixer.init_state(batch) for layer in self.layers]
         if self.shared_blocks is not None:
             count = len(self.shared_blocks)

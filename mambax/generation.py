@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,6 +12,7 @@ import numpy as np
 from mambax.backend import Backend
 from mambax.checkpoint.state_files import fits
 from mambax.decoding import Decoder, Progress
+from mambax.prompts import Prompt, is_single, on_host, token_ids
 from mambax.sampling import SamplingParams, UniformSource
 from mambax.state import InferenceParams
 from mambax.stopping import StopText
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mambax.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length", "interrupted"]
-Prompt = str | Sequence[int] | np.ndarray
 PREFILL_CHUNK = 512
 """Prompt tokens read at once by default; the memory of a prefill is bounded by this, not by the prompt."""
 
@@ -106,8 +106,8 @@ class GenerationMixin:
                 anything runs.
             FloatingPointError: when the logits of a row are not finite.
         """
-        prompt = _on_host(self.nn, prompt)
-        single = _is_single(prompt)
+        prompt = on_host(self.nn, prompt)
+        single = is_single(prompt)
         rows: dict[int, Generation] = {}
         for event in self.generate_streaming(prompt, **options):
             if event.generation is not None:
@@ -136,19 +136,21 @@ class GenerationMixin:
         The arguments are checked when this is called, not at the first event.
         """
         self.mappings.check()
-        prompt = _on_host(self.nn, prompt)
-        prompts = [prompt] if _is_single(prompt) else [_on_host(self.nn, row) for row in prompt]
+        prompt = on_host(self.nn, prompt)
+        prompts = [prompt] if is_single(prompt) else [on_host(self.nn, row) for row in prompt]
         params = SamplingParams(repetition_penalty, temperature, top_k, top_p, min_p)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("prefill_chunk", prefill_chunk, 1)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least {low}")
         if not prompts:
             raise ValueError("generate: the list of prompts is empty; expected at least one prompt")
+        if not all(isinstance(s, str) and s for s in stops):
+            raise ValueError(f"stop is {stop!r}; expected a string or strings, none of them empty")
         if stops and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none; set model.tokenizer")
-        if not all(isinstance(s, str) and s for s in stops):
-            raise ValueError(f"stop is {stops!r}; expected a string or strings, none of them empty")
+        if progress is not None and not callable(progress):
+            raise ValueError(f"progress is {progress!r}; expected a function of (positions read, positions)")
         if state is not None and not isinstance(state, InferenceParams):
             raise ValueError(f"state: expected InferenceParams, found {type(state).__name__}; pass its .state")
         if state is not None and state.batch != len(prompts):
@@ -159,14 +161,14 @@ class GenerationMixin:
         if state is not None:
             _check_state(state, self.init_state(len(prompts)))
         ends = self._eos_ids(eos)
-        rows = [_token_ids(p, self.tokenizer, self.config.vocab_size, i) for i, p in enumerate(prompts)]
+        rows = [token_ids(p, self.tokenizer, self.config.vocab_size, i) for i, p in enumerate(prompts)]
         decoder = Decoder(self, rows, params, UniformSource(seed, len(rows), used=params.temperature > 0), state)
         collectors = [_Collector(self.tokenizer, stops, ends, int(max_new_tokens)) for _ in prompts]
         return _run(decoder, collectors, int(max_new_tokens), int(prefill_chunk), progress)
 
     def _eos_ids(self, eos: int | Sequence[int] | None) -> frozenset[int]:
         if eos is not None:
-            ids = [eos] if isinstance(eos, (int, np.integer)) else list(eos)
+            ids = list(eos) if isinstance(eos, Iterable) else [eos]
             size = self.config.vocab_size
             for i in ids:
                 if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < size:
@@ -188,48 +190,6 @@ def _check_state(state: InferenceParams, fresh: InferenceParams) -> None:
                 f"state: {name} is {found.get(name)}, but this model and input need {tuple(array.shape)}; use the "
                 "state of the same model"
             )
-
-
-def _on_host(nn: Backend, prompt: Any) -> Any:
-    """A prompt or a list of them, an array of the framework as one of NumPy."""
-    if isinstance(prompt, (str, Sequence, np.ndarray)):
-        return prompt
-    if isinstance(prompt, (int, np.integer)) or getattr(prompt, "shape", None) is None:
-        raise ValueError(
-            f"prompt is {type(prompt).__name__}; expected text, a sequence of token ids, or a list of either"
-        )
-    return nn.to_numpy(prompt)
-
-
-def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
-    if isinstance(prompt, str):
-        return True
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim == 1
-    return len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))
-
-
-def _token_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int, row: int) -> np.ndarray:
-    """A prompt as (L,) int64, checked."""
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError("a text prompt needs a tokenizer, and this model has none; pass token ids")
-        prompt = tokenizer.encode(prompt)
-    ids = np.asarray(prompt)
-    if ids.ndim != 1 or ids.size == 0:
-        raise ValueError(
-            f"prompt {row} is empty or not a flat list (shape {ids.shape}); expected at least one token, for "
-            "example the model's beginning-of-text token"
-        )
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"prompt {row} has {ids.dtype} values; expected text or whole token ids")
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise ValueError(
-            f"prompt {row} has token id {outside[0]}, outside the vocabulary of {vocab_size}; expected 0 to "
-            f"{vocab_size - 1}. Was it tokenized with this model's tokenizer?"
-        )
-    return ids.astype(np.int64)
 
 
 class _Collector:

@@ -5,12 +5,15 @@ Dimensions: B batch, L length, M d_model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from mambax.backend import Array, Backend
 from mambax.config import MambaConfig
+
+_WHOLE = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 
 
 def as_mask(nn: Backend, mask: Array, like: Array) -> Array:
@@ -20,13 +23,13 @@ def as_mask(nn: Backend, mask: Array, like: Array) -> Array:
         ValueError: for values other than True and False, 1 and 0: an additive mask means the opposite.
     """
     if isinstance(mask, (list, tuple, np.ndarray)):
-        values = np.asarray(mask)
+        values = _rectangular("mask", mask)
         whole = np.issubdtype(values.dtype, np.integer) and np.isin(values, (0, 1)).all()
         if values.dtype != np.bool_ and not whole:
             raise ValueError(f"mask: expected True and False, or 1 and 0; found {values.dtype} values")
         return nn.from_numpy(values.astype(bool), like=like)
-    if mask.dtype in (nn.float32, nn.float64, nn.dtype("float16"), nn.dtype("bfloat16")):
-        raise ValueError(f"mask: expected True and False, or 1 and 0; found {mask.dtype} values")
+    if not has_dtype(mask, [nn.bool_]) and not is_whole(nn, mask):
+        raise ValueError(f"mask: expected True and False, or 1 and 0; found {_kind(mask)}; {_given_as(nn)}")
     return nn.astype(mask, nn.bool_)
 
 
@@ -39,10 +42,7 @@ def as_token_ids(nn: Backend, input_ids: Array, vocab_size: int, like: Array) ->
     if isinstance(input_ids, str):
         raise ValueError("input_ids: expected token ids, found text; use model.tokenizer.encode or model.generate")
     if isinstance(input_ids, (list, tuple, np.ndarray)):
-        try:
-            ids = np.asarray(input_ids)
-        except ValueError as error:
-            raise ValueError("input_ids: rows differ in length; pad them and pass a mask") from error
+        ids = _rectangular("input_ids", input_ids)
         if ids.size and not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"input_ids: expected whole numbers, found {ids.dtype}; tokenize text first")
         if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
@@ -52,11 +52,55 @@ def as_token_ids(nn: Backend, input_ids: Array, vocab_size: int, like: Array) ->
                 f"{vocab_size - 1}. Was the text tokenized with this model's tokenizer?"
             )
         input_ids = nn.from_numpy(ids.astype(np.int64), like=like)
+    elif not is_whole(nn, input_ids):
+        raise ValueError(f"input_ids: expected whole numbers, found {_kind(input_ids)}; {_given_as(nn)}")
+    elif not has_dtype(input_ids, (nn.int64, nn.dtype("int32"))):
+        input_ids = nn.astype(input_ids, nn.int64)  # PyTorch looks nothing up by narrower ones
     if len(input_ids.shape) != 2 or input_ids.shape[1] == 0:
         raise ValueError(
             f"input_ids: expected shape (batch, length) with at least one token, found {tuple(input_ids.shape)}"
         )
     return input_ids
+
+
+def check_batch(batch: int) -> None:
+    """Refuse a number of rows that is not a whole number from 0 up.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 0:
+        raise ValueError(f"batch is {batch!r}; expected a whole number of rows, at least 0")
+
+
+def _rectangular(name: str, rows: Any) -> np.ndarray:
+    """Nested lists as an array of NumPy."""
+    try:
+        return np.asarray(rows)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: rows differ in length; pad them to one length, and let a mask say what is padding"
+        ) from error
+
+
+def has_dtype(array: Any, dtypes: Iterable[Any]) -> bool:
+    """Whether something is an array of one of these dtypes, which those of another framework are not."""
+    dtype = getattr(array, "dtype", None)  # NumPy's do not compare with those of others
+    return any(type(known) is type(dtype) and known == dtype for known in dtypes)
+
+
+def is_whole(nn: Backend, array: Any) -> bool:
+    """Whether something is an array of the framework, of whole numbers."""
+    return has_dtype(array, map(nn.dtype, _WHOLE))
+
+
+def _kind(array: Any) -> str:
+    """What an argument is, for messages."""
+    return str(getattr(array, "dtype", None) or type(array).__name__)
+
+
+def _given_as(nn: Backend) -> str:
+    return f"give an array of the {nn.name} backend or of NumPy, or nested lists"
 
 
 def check_hidden(config: MambaConfig, hidden: Array, mask: Array | None) -> None:
@@ -102,21 +146,23 @@ def as_boundaries(
 
 def _begins(nn: Backend, boundaries: Array, like: Array) -> Array:
     if isinstance(boundaries, (list, tuple, np.ndarray)):
-        boundaries = np.asarray(boundaries)
+        boundaries = _rectangular("boundaries", boundaries)
         if boundaries.dtype == np.bool_:
             boundaries = nn.from_numpy(boundaries, like=like)
+    if not has_dtype(boundaries, [nn.bool_]):
+        raise ValueError(f"boundaries: expected True and False, found {_kind(boundaries)} values; {_given_as(nn)}")
     _check_positions("boundaries", boundaries, like)
-    if boundaries.dtype != nn.bool_:
-        raise ValueError(f"boundaries: expected True and False, found {boundaries.dtype} values")
     return boundaries
 
 
 def _changes(nn: Backend, segment_ids: Array, like: Array) -> Array:
     if isinstance(segment_ids, (list, tuple, np.ndarray)):
-        numbers = np.asarray(segment_ids)
+        numbers = _rectangular("segment_ids", segment_ids)
         if not np.issubdtype(numbers.dtype, np.integer):
             raise ValueError(f"segment_ids: expected whole numbers, found {numbers.dtype} values")
         segment_ids = nn.from_numpy(numbers.astype(np.int64), like=like)
+    elif not is_whole(nn, segment_ids):
+        raise ValueError(f"segment_ids: expected whole numbers, found {_kind(segment_ids)}; {_given_as(nn)}")
     _check_positions("segment_ids", segment_ids, like)
     first = nn.astype(segment_ids[:, :1] * 0, nn.bool_)
     return nn.concat([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)

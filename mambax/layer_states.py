@@ -23,6 +23,25 @@ class LayerState(NamedTuple):
     ssm: Array
 
 
+def check_layer_state(state: LayerState, layer_idx: int, conv: tuple[int, ...], ssm: tuple[int, ...]) -> None:
+    """Refuse the state of another model or of other rows.
+
+    Args:
+        state: of a mixer.
+        layer_idx: the block's number, for the message.
+        conv, ssm: the shapes that are needed.
+
+    Raises:
+        ValueError: with the shapes found and needed.
+    """
+    found = tuple(state.conv.shape), tuple(state.ssm.shape)
+    if found != (conv, ssm):
+        raise ValueError(
+            f"state: conv_state and ssm_state of layer {layer_idx} are {found[0]} and {found[1]}, but this model "
+            f"and input need {conv} and {ssm}; use the state of the same model and rows"
+        )
+
+
 class AttentionState(NamedTuple):
     """The state of an attention mixer; it grows with the tokens, as no state without attention does.
 

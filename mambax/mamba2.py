@@ -11,7 +11,7 @@ from typing import ClassVar
 from mambax.backend import Array, Backend, Ops
 from mambax.config import MambaConfig
 from mambax.init import Initializer
-from mambax.layer_states import LayerState
+from mambax.layer_states import LayerState, check_layer_state
 from mambax.options import Mamba2Options
 from mambax.scan import at_least_float32, scaled
 
@@ -98,7 +98,10 @@ class Mamba2Mixer:
     ) -> tuple[Array, LayerState]:
         """Mix along the sequence; arguments and results as of :meth:`mambax.blocks.MambaMixer.forward`."""
         if state is not None:
-            self._check_state(state, hidden.shape[0])
+            batch, options = hidden.shape[0], self.options
+            conv = (batch, options.d_conv - 1, options.conv_channels)
+            ssm = (batch, options.n_heads, options.head_dim, options.d_state)
+            check_layer_state(state, self.layer_idx, conv, ssm)
         y, after = self.mix(self.in_proj(hidden), state, mask, boundaries)
         return self.out_proj(y), after
 
@@ -153,19 +156,6 @@ class Mamba2Mixer:
         if options.gated_norm == "norm_first":
             return gated_rms_norm(nn, y, z, weight, groups, eps, norm_first=True)
         return nn.gated_rms_norm(y, z, weight, groups, eps)
-
-    def _check_state(self, state: LayerState, batch: int) -> None:
-        options = self.options
-        found = tuple(state.conv.shape), tuple(state.ssm.shape)
-        needed = (
-            (batch, options.d_conv - 1, options.conv_channels),
-            (batch, options.n_heads, options.head_dim, options.d_state),
-        )
-        if found != needed:
-            raise ValueError(
-                f"state: conv_state and ssm_state of layer {self.layer_idx} are {found[0]} and {found[1]}, but "
-                f"this model and input need {needed[0]} and {needed[1]}; use the state of the same model and rows"
-            )
 
     def init_state(self, batch: int) -> LayerState:
         """The state before the first position: zeros, (batch, K-1, C) and (batch, H, P, N)."""

@@ -7,6 +7,7 @@ Dimensions: B batch, L length, M d_model, V vocabulary, P pooled size.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 from mambax.backend import Array, Backend
@@ -158,8 +159,8 @@ class MambaForCausalLM(CheckpointMixin, GenerationMixin):
             ValueError: for ids and labels outside the vocabulary, and for shapes that do not fit.
         """
         nn = self.nn
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 for all positions, or how many")
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, Integral) or logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep!r}; expected 0 for all positions, or how many")
         with_loss = labels is not None or shift_labels is not None
         packed = {"segment_ids": segment_ids, "boundaries": boundaries}
         hidden, state = _embed_and_encode(self.backbone, input_ids, state, mask, **packed)

@@ -5,6 +5,8 @@ Dimensions: B batch, L length, M d_model, P pooled size.
 
 from __future__ import annotations
 
+import numpy as np
+
 from mambax.backend import Array, Backend
 from mambax.config import MambaConfig, Pooling
 from mambax.inputs import as_mask
@@ -39,6 +41,9 @@ def pool(nn: Backend, hidden: Array, state: InferenceParams, mask: Array | None,
 
     Returns:
         (B, P) float32. Each row is what it would be without its padding.
+
+    Raises:
+        ValueError: for a mask from the host that leaves a row with no position for ``"last"`` and ``"mean"``.
     """
     batch, length, _ = hidden.shape
     hidden = at_least_float32(nn, hidden)
@@ -47,6 +52,9 @@ def pool(nn: Backend, hidden: Array, state: InferenceParams, mask: Array | None,
         return ssm.reshape(batch, ssm.shape[1] * ssm.shape[2])
     if mask is None:
         return hidden[:, -1] if pooling == "last" else nn.sum(hidden, axis=1) / length
+    if isinstance(mask, (list, tuple, np.ndarray)) and not np.asarray(mask).any(axis=1).all():
+        row = int(np.argmin(np.asarray(mask).any(axis=1)))
+        raise ValueError(f"mask: row {row} has no position that exists; pooling {pooling!r} expects at least one")
     real = as_mask(nn, mask, hidden)
     if pooling == "mean":
         total = nn.sum(nn.where(real[..., None], hidden, 0.0), axis=1)

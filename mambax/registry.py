@@ -54,6 +54,26 @@ def get_backend(name: str) -> Backend:
     return cast(Backend, point.load())
 
 
+def choose_backend(name: str | None) -> Backend:
+    """The backend of this name, or :func:`default_backend` for None. Raises as :func:`get_backend`."""
+    return get_backend(default_backend() if name is None else name)
+
+
+def choose_device(nn: Backend, device: str | None) -> str:
+    """A device of a backend by its name (``"cuda"``, ``"cuda:1"``), its preferred one for None.
+
+    Raises:
+        ValueError: for a device that the backend does not have here, with those that it has.
+    """
+    known = nn.devices()
+    if device is None:
+        return known[0]
+    if not isinstance(device, str) or device.partition(":")[0] not in known:
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"device is {device!r}; the {nn.name} backend has {names} here")
+    return device
+
+
 def install_command(name: str) -> str:
     """What installs the framework of one of our own backends on this machine."""
     if name == "mlx" and sys.platform != "darwin":
@@ -62,10 +82,7 @@ def install_command(name: str) -> str:
 
 
 def default_backend() -> str:
-    """The best backend installed for this machine.
-
-    MLX on Apple silicon, torch with CUDA, torch, MLX, NumPy, in this order.
-    """
+    """The best backend installed here: MLX on Apple silicon, elsewhere the first of torch, MLX and NumPy."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     if apple and is_installed("mlx"):
         return "mlx"

@@ -27,6 +27,7 @@ Dimensions: B batch, L length, T chunk length, D d_inner, N d_state.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from mambax.backend import Array, Ops
 
@@ -36,6 +37,8 @@ CHUNK = 256
 Recurrence = Callable[[Ops, Array, Array, Array, "Array | None"], Array]
 """(nn, log_a (B,T,D,N), b (B,T,D,N), h0 (B,D,N), begins (B,T) bool | None) -> every state (B,T,D,N) of
 h[t] = exp(log_a[t]) h[t-1] + b[t], where h[t-1] counts as zero at a step that begins a sequence."""
+
+Named = TypeVar("Named")
 
 
 def at_least_float32(nn: Ops, x: Array) -> Array:
@@ -93,7 +96,7 @@ def selective_scan(
         arithmetic is done in that precision.
 
     Raises:
-        ValueError: for a shape that does not fit, and for a mask together with boundaries.
+        ValueError: for a shape that does not fit, a mask together with boundaries, and an unknown algorithm.
 
     Source: ``selective_scan_ref`` of mamba_ssm, with mask, boundaries, initial and final state added.
     """
@@ -102,6 +105,7 @@ def selective_scan(
         boundaries=boundaries,
     )  # fmt: skip
     refuse_mask_with_boundaries("selective_scan", mask, boundaries)
+    recurrence, chunk = algorithm_named("selective_scan", algorithm, ALGORITHMS)
     out_dtype = u.dtype
     u32, delta = at_least_float32(nn, u), at_least_float32(nn, delta)
     A, B, C = at_least_float32(nn, A), at_least_float32(nn, B), at_least_float32(nn, C)
@@ -118,7 +122,6 @@ def selective_scan(
     h = initial_state
     h = nn.zeros((batch, channels, A.shape[1]), u32.dtype, like=u32) if h is None else nn.astype(h, u32.dtype)
 
-    recurrence, chunk = ALGORITHMS[algorithm]
     outputs = []
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)
@@ -247,6 +250,18 @@ ALGORITHMS: dict[str, tuple[Recurrence, int]] = {
     "logcumsumexp": (logcumsumexp, 32),
 }
 """Name -> the recurrence and the chunk length in which it is used."""
+
+
+def algorithm_named(op: str, name: str, algorithms: Mapping[str, Named]) -> Named:
+    """The algorithm of an op that has this name.
+
+    Raises:
+        ValueError: for a name that none of them has, with those that there are.
+    """
+    if name not in algorithms:
+        known = ", ".join(map(repr, algorithms))
+        raise ValueError(f"{op}: unknown algorithm {name!r}; expected one of {known}")
+    return algorithms[name]
 
 
 def choose(impl: str, automatic: str, available: Mapping[str, str]) -> str:

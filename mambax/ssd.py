@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mambax.backend import Array, Ops
-from mambax.scan import at_least_float32, own, refuse_mask_with_boundaries
+from mambax.scan import algorithm_named, at_least_float32, own, refuse_mask_with_boundaries
 
 CHUNK = 64
 """Steps of a chunk. The products inside it cost T^2 for each head, those with the state N P for each step."""
@@ -73,13 +73,14 @@ def ssd(
         All arithmetic is done in that precision.
 
     Raises:
-        ValueError: for a shape that does not fit, and for a mask together with boundaries.
+        ValueError: for a shape that does not fit, a mask together with boundaries, and an unknown algorithm.
 
     Source: Dao and Gu 2024; ``mamba_chunk_scan_combined`` of mamba_ssm, with a mask added.
     """
     check_shapes(x, B, dt=dt, A=A, C=C, D=D, dt_bias=dt_bias, initial_state=initial_state, mask=mask,
                  boundaries=boundaries)  # fmt: skip
     refuse_mask_with_boundaries("ssd", mask, boundaries)
+    function = algorithm_named("ssd", algorithm, ALGORITHMS)
     batch, length, heads, width = x.shape
     groups, states = B.shape[2], B.shape[3]
     split = (groups, heads // groups)  # G, R
@@ -104,7 +105,6 @@ def ssd(
     else:
         h = nn.astype(initial_state, x.dtype).reshape(batch, *split, width, states)
 
-    function = ALGORITHMS[algorithm]
     outputs = []
     for start in range(0, length, CHUNK):
         part = slice(start, start + CHUNK)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from mambax.backend import Array, Backend
+from mambax.inputs import has_dtype
 from mambax.layer_states import GROWING, of_fields
+from mambax.paths import path_of
 
 State = TypeVar("State", bound="InferenceParams")
 
@@ -109,10 +110,22 @@ class InferenceParams:
 
         One of the two may have read more: what attention keeps of the other gets positions that do not exist.
 
+        Args:
+            rows: an array of the framework or of NumPy, or a list.
+            other: a state of the same model and batch.
+
         Raises:
-            ValueError: when the other state has another number of layers or rows.
+            ValueError: for rows that are not (B,) bool, and when the other state is of another model or batch.
         """
         nn = self.nn
+        if isinstance(rows, (list, tuple, np.ndarray)):
+            chosen = np.asarray(rows)
+            rows = nn.from_numpy(chosen, like=self.tokens_seen) if chosen.dtype == np.bool_ else chosen
+        if not has_dtype(rows, [nn.bool_]) or tuple(rows.shape) != (self.batch,):
+            found = f"{getattr(rows, 'dtype', type(rows).__name__)} {tuple(getattr(rows, 'shape', ()))}"
+            raise ValueError(f"InferenceParams.where: rows are {found}; expected bool ({self.batch},)")
+        if not isinstance(other, InferenceParams):
+            raise ValueError(f"InferenceParams.where: expected another state, found {type(other).__name__}")
         other.check(nn.name, len(self.layers), self.batch)
 
         def choose(field: str, a: Array, b: Array) -> Array:
@@ -121,11 +134,30 @@ class InferenceParams:
                 a, b = self._lengthened(field, a, length), self._lengthened(field, b, length)
             return nn.where(rows.reshape(-1, *[1] * (len(a.shape) - 1)), a, b)
 
+        self._check_alike(other)
         layers = tuple(
             type(ours)(*map(choose, ours._fields, ours, theirs))
             for ours, theirs in zip(self.layers, other.layers, strict=True)
         )
         return type(self)(layers, choose("tokens_seen", self.tokens_seen, other.tokens_seen))
+
+    def _check_alike(self, other: InferenceParams) -> None:
+        """Refuse a state of another model: all shapes are the same, but along the axes that grow."""
+
+        def fixed(state: InferenceParams) -> dict[str, list[int]]:
+            shapes = {}
+            for name, array in state.arrays().items():
+                growing = GROWING.get(name.rpartition(".")[2].removesuffix("_state"))
+                shapes[name] = [size for axis, size in enumerate(array.shape) if axis != growing]
+            return shapes
+
+        ours, theirs = fixed(self), fixed(other)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"InferenceParams.where: {name} is {ours.get(name)} here and {theirs.get(name)} in the other "
+                    "state; expected two states of the same model"
+                )
 
     def _lengthened(self, field: str, array: Array, length: int) -> Array:
         """One of :data:`GROWING` fields with positions before its own that do not exist, ``length`` in all."""
@@ -197,7 +229,7 @@ class InferenceParams:
         from mambax.checkpoint.state_files import write_state
 
         arrays = {name: self.nn.to_numpy(array) for name, array in self.arrays().items()}
-        write_state(Path(path).expanduser(), arrays, len(self.layers))
+        write_state(path_of(path, "path"), arrays, len(self.layers))
 
     @classmethod
     def load(
@@ -218,13 +250,14 @@ class InferenceParams:
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it is not a state, is damaged, or has a dtype that the backend lacks.
+            ValueError: when it is not a state, is damaged, or has a dtype that the backend lacks, and for an
+                unknown backend or device.
         """
         from mambax.checkpoint.state_files import read_state
-        from mambax.registry import default_backend, get_backend
+        from mambax.registry import choose_backend, choose_device
 
-        bound = cls.nn.name if cls is not InferenceParams else default_backend()
-        nn = get_backend(backend or bound)
+        nn = choose_backend(cls.nn.name if backend is None and cls is not InferenceParams else backend)
+        device = choose_device(nn, device)
         state_cls = cast("type[InferenceParams]", nn.InferenceParams)
-        arrays, count = read_state(Path(path).expanduser())
-        return state_cls.from_arrays(arrays, count, device=device or nn.devices()[0])
+        arrays, count = read_state(path_of(path, "path"))
+        return state_cls.from_arrays(arrays, count, device=device)

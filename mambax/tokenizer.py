@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mambax import chat, tokenizer_files
 from mambax.detokenizer import Detokenizer, Pieces
+from mambax.paths import path_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -60,7 +61,7 @@ class Tokenizer:
             FileNotFoundError: when the folder has neither ``tokenizer.json`` nor Mistral's ``tokenizer.model.v3``.
             ValueError: for a file that is not what it should be.
         """
-        folder = Path(folder)
+        folder = path_of(folder, "folder")
         backend, config = tokenizer_files.read_backend(folder)
         config |= tokenizer_files.read_config(folder)
         templates = tokenizer_files.read_templates(folder, config.pop("chat_template", None))
@@ -70,7 +71,7 @@ class Tokenizer:
         """Write files that ``transformers`` and :meth:`from_pretrained` open; the folder is made if need be."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         tokenizer_files.write(
-            Path(folder), self._backend, config | self._config, self.special_tokens, self._templates
+            path_of(folder, "folder"), self._backend, config | self._config, self.special_tokens, self._templates
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -194,7 +195,7 @@ class Tokenizer:
         for known in (self._templates, chat.NAMED_TEMPLATES):
             if (template or "default") in known:
                 return known[template or "default"]
-        if template is None or "{" not in template:
+        if not isinstance(template, str) or "{" not in template:
             raise ValueError(f"unknown chat template {template!r}; expected one of {names}, or Jinja source")
         return template
 

@@ -62,7 +62,3 @@ def gradients(model: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
 
     _, tree = mlx.nn.value_and_grad(model, lambda: model(ids, labels=ids).loss)()
     return {name: np.array(array) for name, array in tree_flatten(tree)}
-
-
-def installed(names: tuple[str, ...]) -> list[str]:
-    return [name for name in backend_params(names) if isinstance(name, str)]

@@ -101,7 +101,7 @@ def launch_everything() -> None:
 
 
 if __name__ == "__main__":
-    driver.set_active(NoDriver())  # pyright: ignore[reportArgumentType] that is the point
+    driver.set_active(NoDriver())
     jit.JITFunction.run = compile_only
     launch_everything()
     launch_ssd()

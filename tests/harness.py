@@ -28,6 +28,11 @@ def backend_params(names: tuple[str, ...] = BACKENDS) -> list[Any]:
     return [name if is_installed(name) else pytest.param(name, marks=missing) for name in names]
 
 
+def installed(names: tuple[str, ...] = BACKENDS) -> list[str]:
+    """The names whose framework is there."""
+    return [name for name in names if is_installed(name)]
+
+
 def scan_params(names: tuple[str, ...] = BACKENDS, *, gpu: bool = False) -> list[Any]:
     """(backend, implementation) for every scan implementation that runs here, and "auto".
 

@@ -17,11 +17,10 @@ from adapter_cases import (
     adapted,
     arrays,
     gradients,
-    installed,
     model_of,
     scrambled,
 )
-from harness import BACKENDS, backend_params, config_of, run, token_ids
+from harness import BACKENDS, backend_params, config_of, installed, run, token_ids
 from tolerances import assert_close
 
 import mambax

@@ -13,11 +13,20 @@ from adapter_cases import (
     adapted,
     arrays,
     gradients,
-    installed,
     model_of,
     scrambled,
 )
-from harness import BACKENDS, WITH_GRADIENTS, backend_params, build, config_of, run, token_ids, weights_of
+from harness import (
+    BACKENDS,
+    WITH_GRADIENTS,
+    backend_params,
+    build,
+    config_of,
+    installed,
+    run,
+    token_ids,
+    weights_of,
+)
 from tolerances import assert_close, relative_error
 
 import mambax

@@ -154,7 +154,7 @@ def test_nothing_is_changed_until_a_turn_ends() -> None:
     with pytest.raises(ValueError, match="refused"):
         talk.say("hi", top_k=-1)
     with pytest.raises(ValueError, match="content is 3"):
-        talk.say(3)  # type: ignore[arg-type]
+        talk.say(3)
     events = talk.say("hi")
     next(events)
     assert talk.messages == []

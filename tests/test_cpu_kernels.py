@@ -11,12 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from kernel_cases import of_lanes
 from mambax_cpu import convolution, scan
-from mambax_cpu.simd import exp, exp2, load, pointer, sigmoid, softplus, store
 from mambax_cpu.tiles import SCAN_GROUP as GROUP
 from mambax_cpu.tiles import SCAN_TILE as TILE
 from mambax_cpu.tiles import WIDTH
-from numba import njit
 from tolerances import GRADIENT, assert_close, relative_error
 
 from mambax.registry import is_installed
@@ -77,22 +76,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- functions of sixteen lanes ----------------------------------------------------------------------------------
 
 
-@njit
-def _functions(x, results):
-    source = pointer(x.ctypes.data)
-    for i in range(0, x.size, WIDTH):
-        value = load(source, i)
-        store(pointer(results[0].ctypes.data), i, exp2(value))
-        store(pointer(results[1].ctypes.data), i, exp(value))
-        store(pointer(results[2].ctypes.data), i, softplus(value))
-        store(pointer(results[3].ctypes.data), i, sigmoid(value))
-
-
 def functions(x: np.ndarray) -> dict[str, np.ndarray]:
     padded = np.zeros(-(-x.size // WIDTH) * WIDTH, np.float32)
     padded[: x.size] = x
     results = np.full((4, padded.size), np.nan, np.float32)
-    _functions(padded, results)
+    of_lanes(padded, results, padded.size)
     return dict(zip(("exp2", "exp", "softplus", "sigmoid"), results[:, : x.size], strict=True))
 
 

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import kernel_cases
 import numpy as np
 import pytest
 from mambax_cpu import compilation, object_files
 from mambax_cpu.compilation import Kernel, KernelFile
+from mambax_cpu.kernel_types import KernelError
 
 KERNELS = """
 from mambax_cpu.compilation import kernel
@@ -54,7 +55,7 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such 
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KernelFile]:
     """The kernels of a module of this test, with a cache of its own."""
     write(tmp_path, 3)
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MAMBAX_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path)
     yield KernelFile("mambax_test_kernels")
     forget()
@@ -78,18 +79,18 @@ def forget() -> None:
 
 def files(folder: Path) -> list[Path]:
     """What is in the cache."""
-    return sorted((folder / "cache" / "mambax").iterdir())
+    return sorted((folder / "cache" / "kernels").iterdir())
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    """A process that calls a kernel and says whether Numba was needed."""
+    """A process that calls a kernel and says whether it was compiled."""
     code = (
         "import sys, numpy as np; from mambax_cpu.compilation import KernelFile\n"
         "result = KernelFile('mambax_test_kernels').total(np.arange(5), 1, 4)\n"
-        "print(result, 'numba' in sys.modules)"
+        "print(result, 'mambax_cpu.translation' in sys.modules)"
     )
     path = os.pathsep.join([str(folder), *sys.path])
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": path}
+    environment = os.environ | {"MAMBAX_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": path}
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment,
@@ -108,7 +109,9 @@ def answer(process: subprocess.Popen[str]) -> str:
 def test_processes_at_once_and_one_later(tmp_path: Path) -> None:
     write(tmp_path, 3)
     both = [start(tmp_path) for _ in range(2)]
-    assert [answer(process) for process in both] == ["18 True"] * 2
+    answers = sorted(answer(process) for process in both)
+    assert answers[1] == "18 True"
+    assert answers[0] in ("18 True", "18 False")  # by then the other may be done
     assert len(files(tmp_path)) == 1
     assert answer(start(tmp_path)) == "18 False"
 
@@ -200,7 +203,7 @@ def test_without_a_folder_to_write_to(
 
 
 def test_where_files_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("MAMBAX_CACHE_DIR", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     for name, value in {"XDG_CACHE_HOME": tmp_path / "xdg", "LOCALAPPDATA": tmp_path / "local"}.items():
         monkeypatch.setenv(name, str(value))
@@ -271,12 +274,11 @@ def test_kernels_that_cannot_be(kernels: KernelFile) -> None:
         kernels.nothing()
 
 
-def test_code_that_needs_more_than_a_process_has_is_refused(tmp_path: Path) -> None:
-    def allocates(count: Any) -> Any:
-        return np.zeros(count).size
-
-    with pytest.raises(RuntimeError, match="allocates: kernels may call parts and intrinsics alone, found NRT"):
-        compilation._compiled(allocates, "i", "mambax_test_symbol")
+def test_code_that_needs_more_than_a_process_has_is_refused() -> None:
+    with pytest.raises(KernelError, match=r"line \d+: kernels may call parts and intrinsics alone, found np.zeros"):
+        compilation._compiled(kernel_cases.allocates, "i", "mambax_test_allocates")
+    with pytest.raises(RuntimeError, match="missing: kernels may call parts and intrinsics alone, found mambax_no"):
+        compilation._compiled(kernel_cases.missing, "", "mambax_test_missing")
 
 
 def test_a_line_when_compiling_takes_long(
@@ -288,13 +290,3 @@ def test_a_line_when_compiling_takes_long(
     kernels.total(VALUES, 0, 1)
     kernels.fill(np.zeros(1, np.float32), 1, 1.0)
     assert caplog.text.count("compiling the CPU kernels") == 1
-
-
-def test_told_not_to_compile() -> None:
-    code = "import mambax_cpu.scan_forward"
-    environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment, check=False
-    )
-    assert result.returncode == 1
-    assert "NUMBA_DISABLE_JIT is set" in result.stderr

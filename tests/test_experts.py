@@ -72,6 +72,17 @@ def test_only_the_experts_that_were_chosen_compute(backend, stacked, tokens):
     assert sum(rows) == tokens * K
 
 
+@STACKED
+@BACKENDS
+def test_no_tokens_at_all(backend, stacked):
+    nn = mambax.get_backend(backend)
+    x, chosen, ratings = (array[:0] for array in inputs(1))
+    arrays = [nn.from_numpy(array) for array in (x, chosen, ratings)]
+    with nn.no_grad():
+        got = nn.mixture(layers_of(nn, stacked), formula_of(nn, []), *arrays)
+    assert (tuple(got.shape), got.dtype) == ((0, M), nn.float32)
+
+
 @pytest.mark.parametrize("tokens", [1, 40])  # of which 40 are enough to be sorted
 def test_mlx_gathers_weights_that_lie_in_one_array(tokens):
     pytest.importorskip("mlx")

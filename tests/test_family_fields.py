@@ -10,6 +10,7 @@ import mambax
 from mambax import get_backend
 from mambax.checkpoint.layouts import read_config
 from mambax.config import MambaLMConfig
+from mambax.families import named
 from mambax.options import AttentionOptions, MLPOptions, SharedOptions
 
 SIZES = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -55,8 +56,8 @@ def test_heads_of_nemotron_are_128_wide_where_the_file_says_nothing():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
-        ({"full_attention": {"rope_theta": 5e5}}, "rope_parameters with full_attention is not supported"),
+        ({"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported.*Use a checkpoint without"),
+        ({"full_attention": {"rope_theta": 5e5}}, "rope_parameters with full_attention is .*Use a checkpoint"),
         ({"partial_rotary_factor": 0.25}, "rope_parameters: partial_rotary_factor is 0.25; only"),
         ([1], "expected an object"),
     ],
@@ -65,6 +66,18 @@ def test_heads_of_nemotron_are_128_wide_where_the_file_says_nothing():
 def test_other_rotary_embeddings_are_refused(family, parameters, message):
     with pytest.raises(ValueError, match=message):
         read(family, num_key_value_heads=4, rope_parameters=parameters)
+
+
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "granitemoehybrid", "jamba"])
+def test_the_width_of_heads_is_what_the_file_says(family):
+    for changes, width in (({}, 12), ({"head_dim": None}, 12), ({"head_dim": 16}, 16)):
+        config = read(family, num_key_value_heads=2, **changes)
+        assert config.attention is not None
+        assert config.attention.head_dim == width
+        again = named(family).write(config)
+        assert read_config(again | {"pad_token_id": 0}, "config.json").config.attention == config.attention
+    with pytest.raises(ValueError, match=r"config\.json: head_dim is 'wide'; expected a whole number"):
+        read(family, num_key_value_heads=2, head_dim="wide")
 
 
 def test_the_fraction_that_turns_in_bamba():

@@ -22,9 +22,10 @@ from metal_cases import (
     scan_values,
 )
 
-mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx.core")
 
-from mambax_mlx.kernels import convolution, launch, scan, ssd  # noqa: E402
+import mlx.core as mx
+from mambax_mlx.kernels import convolution, launch, scan, ssd
 
 DIALECTS = [
     pytest.param(

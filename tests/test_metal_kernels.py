@@ -30,10 +30,13 @@ from metal_harness import MISSING, Harness
 from metal_ssd import SSDS
 from tolerances import assert_close
 
-mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx.core")
+
+import mlx.core as mx
+from mambax_mlx.kernels import convolution, launch, scan, ssd
+
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-from mambax_mlx.kernels import convolution, launch, scan, ssd  # noqa: E402
 
 ALL = [("scan", case) for case in SCANS] + [("convolution", case) for case in CONVOLUTIONS]
 ALL += [("ssd", case) for case in SSDS]
@@ -44,7 +47,7 @@ EVERYTHING = SCANS[0]
 @pytest.fixture(scope="session")
 def folder(request: pytest.FixtureRequest) -> Path:
     """Where compiled kernels are kept from one run of the tests to the next."""
-    return request.config.cache.mkdir("mambax-gpu-kernels")  # type: ignore[union-attr]
+    return request.config.cache.mkdir("mambax-gpu-kernels")
 
 
 def values_of(kind: str, case: Any) -> dict[str, np.ndarray]:

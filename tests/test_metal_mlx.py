@@ -29,9 +29,10 @@ from tolerances import GRADIENT, assert_close
 import mambax
 from mambax.options import Mamba2Options
 
-mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx.core")
 
-from mambax_mlx.kernels import convolution, launch, scan, ssd  # noqa: E402
+import mlx.core as mx
+from mambax_mlx.kernels import convolution, launch, scan, ssd
 
 nn = mambax.get_backend("mlx")
 VALUES = {name: mx.array(x) for name, x in scan_values(Case(2, 70, 9, 5)).items()}
@@ -44,7 +45,7 @@ TRACES = pytest.mark.skipif(
 
 @pytest.fixture
 def folder(request: pytest.FixtureRequest) -> Path:
-    return request.config.cache.mkdir("mambax-gpu-kernels")  # type: ignore[union-attr]
+    return request.config.cache.mkdir("mambax-gpu-kernels")
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ from tolerances import GRADIENT, assert_close
 from mambax import scan
 from mambax.scan import CHUNK
 
-mx = pytest.importorskip("mlx.core")
-from mambax_mlx import chunked, host, ops  # noqa: E402
-from mlx_cases import normal, peak, scan_arguments  # noqa: E402
+pytest.importorskip("mlx.core")
+
+import mlx.core as mx
+from mambax_mlx import chunked, host, ops
+from mlx_cases import normal, peak, scan_arguments
 
 pytestmark = pytest.mark.skipif(host.default_device() != "cpu", reason="MLX's default device is not the CPU")
 
@@ -46,11 +48,11 @@ def test_gradients_of_chunks_also_compiled(length, flag):
 
 def test_chunks_are_differentiable_twice_and_in_vmap():
     values = scan_arguments(20)
-    second = [
-        mx.grad(lambda v: (mx.grad(loss)(v)["u"] ** 2).sum())(values)["delta"]  # noqa: B023
-        for loss in (chunked_loss, sequential_loss)
-    ]
-    assert_close(second[0], second[1], tolerance=GRADIENT["float32"])
+
+    def second(loss: Any) -> Any:
+        return mx.grad(lambda v: (mx.grad(loss)(v)["u"] ** 2).sum())(values)["delta"]
+
+    assert_close(second(chunked_loss), second(sequential_loss), tolerance=GRADIENT["float32"])
     rest = {name: values[name] for name in ("delta", "A", "B", "C")}
     both = mx.vmap(lambda u: chunked.selective_scan(u, **rest, delta_softplus=True)[0])(
         mx.stack([values["u"], values["u"] * 2])

@@ -13,11 +13,13 @@ from tolerances import assert_close
 import mambax
 from mambax import get_backend, scan
 
-mx = pytest.importorskip("mlx.core")
-import mlx.nn  # noqa: E402
-from mambax_mlx import chunked, fused, host  # noqa: E402
-from mlx.utils import tree_map  # noqa: E402
-from mlx_cases import normal, peak, scan_arguments  # noqa: E402
+pytest.importorskip("mlx.core")
+
+import mlx.core as mx
+import mlx.nn
+from mambax_mlx import chunked, fused, host
+from mlx.utils import tree_map
+from mlx_cases import normal, peak, scan_arguments
 
 nn = get_backend("mlx")
 pytestmark = pytest.mark.skipif(host.default_device() != "cpu", reason="MLX's default device is not the CPU")
@@ -41,7 +43,7 @@ def test_values_can_be_had_everywhere_but_inside_compile_and_vmap():
 def test_the_automatic_scan(length, inside, monkeypatch):
     used = []
     algorithm, chunks = scan.selective_scan, chunked.selective_scan
-    fused_scan = __import__("mambax_mlx.cpu_ops").cpu_ops
+    fused_scan = __import__("mambax_mlx.cpu_scan").cpu_scan
 
     def counted(name: str, function: Any) -> Any:
         return lambda *args, **options: (used.append(options.get("algorithm", name)), function(*args, **options))[1]

@@ -14,11 +14,13 @@ from tolerances import assert_close, relative_error
 import mambax
 from mambax.config import MambaClassificationConfig
 
-mx = pytest.importorskip("mlx.core")
-import mlx.nn  # noqa: E402
-import mlx.optimizers  # noqa: E402
-from mambax_mlx import module  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+pytest.importorskip("mlx.core")
+
+import mlx.core as mx
+import mlx.nn
+import mlx.optimizers
+from mambax_mlx import module
+from mlx.utils import tree_flatten
 
 nn = mambax.get_backend("mlx")
 
@@ -184,3 +186,20 @@ def test_set_dtype(model):
 def test_an_id_outside_the_vocabulary_in_an_array_is_never_another_token(model):
     for bad in (101, -1):
         assert np.isnan(run(model, mx.array([[1, bad]]))[0][0, 1]).all()
+
+
+def test_derivatives_that_a_loss_without_logits_lacks_are_refused_and_not_zero():
+    layer = nn.Linear(np.ones((7, 4), np.float32), None)
+
+    def in_chunks(x: Any) -> Any:
+        return nn.summed_over_chunks(layer, lambda rows: ((layer(rows) ** 3).sum(),), [x], 4)[0]
+
+    x = mx.arange(40).reshape(10, 4) / 40
+    gradient = mx.grad(in_chunks)(x)
+    assert_close(gradient, mx.grad(lambda x: (layer(x) ** 3).sum())(x))
+    for derivative in (
+        lambda: mx.jvp(in_chunks, [x], [x]),
+        lambda: mx.grad(lambda x: (mx.grad(in_chunks)(x) ** 2).sum())(x),
+    ):
+        with pytest.raises(NotImplementedError, match="compute the loss from the logits"):
+            derivative()

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from tolerances import GRADIENT, assert_close
 
-from mambax import convolution, get_backend
+from mambax import convolution, get_backend, mamba2
 
-mx = pytest.importorskip("mlx.core")
-from mambax_mlx import cpu_convolution, host, ops, products  # noqa: E402
-from mlx_cases import normal  # noqa: E402
+pytest.importorskip("mlx.core")
+
+import mlx.core as mx
+from mambax_mlx import cpu_convolution, cpu_ssd, host, ops, products
+from mlx_cases import normal
 
 nn = get_backend("mlx")
 pytestmark = pytest.mark.skipif(host.default_device() != "cpu", reason="MLX's default device is not the CPU")
@@ -43,7 +45,9 @@ def test_gradients_of_products_of_every_order():
         return mx.grad(lambda x, w: (product(x, w) ** 2 * probe).sum(), argnums=(0, 1))(x, weight)
 
     def second(product: Any) -> Any:
-        inner = lambda x: (mx.grad(lambda w: (product(x, w) ** 3).sum())(weight) ** 2).sum()  # noqa: E731
+        def inner(x: Any) -> Any:
+            return (mx.grad(lambda w: (product(x, w) ** 3).sum())(weight) ** 2).sum()
+
         return (mx.grad(inner)(x),)
 
     def forward(product: Any) -> Any:
@@ -65,6 +69,44 @@ def test_exponentials():
         lambda f: mx.jvp(f, (small,), (small,))[1][0],
     ):
         assert_close(derivative(host.exp), derivative(mx.exp), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("varied", [(0,), (1,), (0, 1)])
+def test_tangents_of_a_product(varied):
+    operands = normal(3, 8), normal(5, 8)
+
+    def tangent(function: Any) -> Any:
+        def full(*some: Any) -> Any:
+            return function(*(some[varied.index(i)] if i in varied else operands[i] for i in range(2)))
+
+        given = [operands[i] for i in varied]
+        return mx.jvp(full, given, given)[1][0]
+
+    assert_close(tangent(products.product), tangent(lambda x, weight: x @ weight.T))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_tangents_of_a_quantised_product(bits, rows):
+    x, packed = normal(rows, 64), mx.quantize(normal(5, 64), 32, bits)
+
+    def tangent(function: Any) -> Any:
+        return mx.jvp(function, [x], [x + 1])[1][0]
+
+    ours = tangent(lambda x: products.quantized_product(x, *packed, group_size=32, bits=bits))
+    assert_close(ours, tangent(lambda x: mx.quantized_matmul(x, *packed, group_size=32, bits=bits)))
+
+
+@pytest.mark.parametrize("varied", [(0,), (0, 1, 2)])
+def test_tangents_of_the_gated_norm(varied):
+    operands = normal(2, 3, 8), normal(2, 3, 8), normal(8)
+
+    def tangent(function: Any) -> Any:
+        given = [operands[i] for i in varied]
+        return mx.jvp(lambda *some: function(*some, *operands[len(some) :], 2, 1e-5), given, given)[1][0]
+
+    ours = tangent(cpu_ssd.gated_rms_norm)
+    assert_close(ours, tangent(lambda *arrays: mamba2.gated_rms_norm(ops, *arrays)))
 
 
 FLAGS = {

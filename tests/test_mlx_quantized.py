@@ -21,8 +21,10 @@ from mambax import MambaLMConfig, get_backend, quantization
 from mambax.affine import Affine, Packing
 from mambax.cli.info import info
 
-mx = pytest.importorskip("mlx.core")
-import mlx.nn  # noqa: E402
+pytest.importorskip("mlx.core")
+
+import mlx.core as mx
+import mlx.nn
 
 nn = get_backend("mlx")
 TIED = pytest.mark.parametrize("tied", [True, False])
@@ -224,28 +226,44 @@ def test_bad_packed_checkpoints(tmp_path):
         mambax.load(tmp_path, backend="mlx")
 
 
-def test_the_kernels_and_mlx_agree():
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_kernels_and_mlx_agree(bits):
     """Few rows by the kernels, many by NumPy, inside mx.compile by MLX; and the gradient of x."""
     from mambax_mlx.products import quantized_product
 
     rng = np.random.default_rng(0)
     weight = mx.array(rng.standard_normal((37, 96)).astype(np.float32))
-    for bits in (2, 4, 8):
-        packed = mx.quantize(weight, group_size=32, bits=bits)
-        full = np.array(mx.dequantize(*packed, group_size=32, bits=bits)).astype(np.float64)
+    packed = mx.quantize(weight, group_size=32, bits=bits)
+    full = np.array(mx.dequantize(*packed, group_size=32, bits=bits)).astype(np.float64)
 
-        def product(x: Any) -> Any:
-            return quantized_product(x, *packed, group_size=32, bits=bits)  # noqa: B023
+    def product(x: Any) -> Any:
+        return quantized_product(x, *packed, group_size=32, bits=bits)
 
-        for rows in (1, 3, 33):
-            x = mx.array(rng.standard_normal((rows, 96)).astype(np.float32))
-            want = np.array(x).astype(np.float64) @ full.T
-            assert_close(product(x), want)
-            assert_close(mx.compile(product)(x), want)
-            assert_close(product(x.astype(mx.bfloat16)).astype(mx.float32), want, "bfloat16")
-            dy = mx.array(rng.standard_normal((rows, 37)).astype(np.float32))
-            gradient = mx.grad(lambda x: (product(x) * dy).sum())(x)  # noqa: B023
-            assert_close(gradient, np.array(dy).astype(np.float64) @ full, tolerance=FORWARD["float32"])
+    for rows in (1, 3, 33):
+        x = mx.array(rng.standard_normal((rows, 96)).astype(np.float32))
+        want = np.array(x).astype(np.float64) @ full.T
+        assert_close(product(x), want)
+        assert_close(mx.compile(product)(x), want)
+        assert_close(product(x.astype(mx.bfloat16)).astype(mx.float32), want, "bfloat16")
+        dy = mx.array(rng.standard_normal((rows, 37)).astype(np.float32))
+        (gradient,) = mx.vjp(product, [x], [dy])[1]
+        assert_close(gradient, np.array(dy).astype(np.float64) @ full, tolerance=FORWARD["float32"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("group_size", "inputs"), [(32, 32), (32, 160), (64, 704), (128, 384)])
+def test_the_kernels_at_every_size_of_groups(monkeypatch, bits, group_size, inputs):
+    """Whole vectors of words and what is left of one; weights and x that do not lie row after row."""
+    from mambax_mlx import cpu_affine
+
+    rng = np.random.default_rng(1)
+    weight = mx.array(rng.standard_normal((26, inputs)).astype(np.float32))
+    parts = mx.quantize(weight, group_size=group_size, bits=bits)
+    full = np.array(mx.dequantize(*parts, group_size=group_size, bits=bits)).astype(np.float64)
+    matrix = cpu_affine.packed(*(part[::2] for part in parts), bits)
+    x = rng.standard_normal((inputs, 2, 3)).astype(np.float32).transpose(1, 2, 0)
+    monkeypatch.setattr(cpu_affine.np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    assert_close(cpu_affine.product(x, matrix), x.astype(np.float64) @ full[::2].T)
 
 
 def test_bits_are_stored_in_their_place():

@@ -13,9 +13,11 @@ from tolerances import assert_close
 
 from mambax import get_backend
 
-mx = pytest.importorskip("mlx.core")
-import mlx.nn  # noqa: E402
-from mambax_mlx import host, step  # noqa: E402
+pytest.importorskip("mlx.core")
+
+import mlx.core as mx
+import mlx.nn
+from mambax_mlx import host, step
 
 nn = get_backend("mlx")
 pytestmark = pytest.mark.skipif(host.default_device() != "cpu", reason="MLX's default device is not the CPU")

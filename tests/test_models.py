@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from harness import BACKENDS, assign, build, config_of, rounded, run, state_arrays, token_ids, weights_of
+from harness import assign, build, config_of, installed, rounded, run, state_arrays, token_ids, weights_of
 from tolerances import assert_close, relative_error
 
 import mambax
@@ -169,12 +169,12 @@ def test_every_model_takes_a_mixer_class(nn):
 
 def test_one_definition_with_a_replaced_mixer_agrees_on_every_backend():
     logits = []
-    for name in BACKENDS:
+    for name in installed():
         nn = get_backend(name)
         model = nn.MambaForCausalLM(config_of(), mixer_cls=running_mean_mixer(nn), init=Initializer(1))
         logits.append(run(model, token_ids(2, 20))[0])
-    assert_close(logits[1], logits[0])
-    assert_close(logits[2], logits[0])
+    for other in logits:
+        assert_close(other, logits[0])
 
 
 # --- poolings, features, classes ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import BACKENDS, build, config_of, token_ids
+from harness import build, config_of, installed, token_ids
 
 from mambax import get_backend
 from mambax.sampling import SamplingParams, UniformSource, sample
@@ -92,8 +92,8 @@ def test_the_same_tokens_on_every_backend(options):
     rng = np.random.default_rng(3)
     logits = (rng.standard_normal((64, 97)) * 3).astype(np.float32)
     uniform, seen = rng.random(64, dtype=np.float32), rng.random((64, 97)) < 0.3
-    tokens = [choose(get_backend(name), logits, uniform, seen, **options) for name in BACKENDS]
-    assert tokens[0] == tokens[1] == tokens[2]
+    tokens = [choose(get_backend(name), logits, uniform, seen, **options) for name in installed()]
+    assert all(other == tokens[0] for other in tokens)
 
 
 def test_the_filters_agree_with_transformers(nn):
@@ -199,12 +199,12 @@ def test_one_seed_gives_the_same_text_on_every_backend(options):
     """200 tokens for a ragged batch of three."""
     prompts = [token_ids(1, length)[0].tolist() for length in (9, 1, 30)]
     results = []
-    for name in BACKENDS:
+    for name in installed():
         model = build(get_backend(name), config_of(n_layer=2))
         rows = model.generate(prompts, max_new_tokens=200, seed=11, **options)
         results.append([row.tokens for row in rows])
         assert all(len(row.tokens) == 200 and len(set(row.tokens)) > 20 for row in rows)
-    assert results[0] == results[1] == results[2]
+    assert all(other == results[0] for other in results)
     again = model.generate(prompts, max_new_tokens=200, seed=11, **options)
     assert [row.tokens for row in again] == results[0]
     other = model.generate(prompts, max_new_tokens=20, seed=12, **options)

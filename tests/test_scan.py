@@ -247,3 +247,18 @@ def test_planted_errors_are_caught(nn, plant):
     assert error > 30 * FORWARD["float32"]
     with pytest.raises(AssertionError, match="relative error"):
         assert_close(got[values["mask"]], want[values["mask"]])
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "ssd"])
+def test_an_unknown_algorithm_is_refused_with_those_there_are(op):
+    from mambax_numpy import ops
+
+    from mambax import ssd
+
+    one = np.ones((1, 1, 1), np.float32)
+    if op == "ssd":
+        function, given = ssd.ssd, (one[..., None], one, np.ones(1), one[..., None], one[..., None])
+    else:
+        function, given = scan.selective_scan, (one, one, one[0], one, one)
+    with pytest.raises(ValueError, match=rf"{op}: unknown algorithm 'quick'; expected one of 'sequential', '"):
+        function(ops, *given, algorithm="quick")

@@ -19,6 +19,7 @@ from harness import (
     assert_states_equal,
     build,
     config_of,
+    installed,
     run,
     state_arrays,
     token_ids,
@@ -31,6 +32,7 @@ from mambax.blocks import LayerState
 
 CONFIG = config_of()
 WEIGHTS = weights_of(CONFIG)
+ALL_INSTALLED = pytest.mark.skipif(installed() != list(BACKENDS), reason="needs torch and mlx")
 
 
 @pytest.fixture
@@ -213,6 +215,7 @@ def moved(state: Any, nn: Any) -> Any:
     return nn.InferenceParams(tuple(layers), arrays["tokens_seen"])
 
 
+@ALL_INSTALLED
 @pytest.mark.parametrize("by_file", [False, True])
 def test_a_state_moves_from_torch_to_mlx_to_numpy(by_file, tmp_path):
     """The same next 64 greedy tokens, whoever read the text and whoever writes on."""
@@ -231,6 +234,7 @@ def test_a_state_moves_from_torch_to_mlx_to_numpy(by_file, tmp_path):
         assert tokens == want, name
 
 
+@ALL_INSTALLED
 def test_every_backend_reaches_the_same_state():
     states = {name: run(build(get_backend(name), CONFIG, WEIGHTS), token_ids(2, 300))[1] for name in BACKENDS}
     assert_states_close(states["torch"], states["numpy"])

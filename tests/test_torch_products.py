@@ -14,10 +14,11 @@ import pytest
 from harness import TORCH_COMPILES
 from tolerances import FORWARD, GRADIENT, assert_close
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import mambax_torch as nn  # noqa: E402
-from mambax_torch import layers, product_ops  # noqa: E402
+import mambax_torch as nn
+import torch
+from mambax_torch import layers, product_ops
 
 SHAPES = [(2, 64, 48, 300), (1, 200, 300, 48), (3, 41, 65, 65)]
 """(B, L, in, out): narrow to wide, wide to narrow, odd."""
@@ -167,12 +168,12 @@ def test_the_choice_is_measured_and_the_users_settings_are_kept(monkeypatch):
     assert_close(layers._linear(torch.ones(40, 30), torch.ones(20, 30), None), np.full((40, 20), 30.0))
 
 
-def test_a_way_that_fails_is_not_taken_and_without_numba_the_kernels_are_not_tried(monkeypatch):
+def test_a_way_that_fails_is_not_taken_and_without_llvmlite_the_kernels_are_not_tried(monkeypatch):
     def broken(*_: Any) -> Any:
         raise RuntimeError("could not create a primitive")
 
     monkeypatch.setattr(product_ops, "_onednn", broken)
-    monkeypatch.setattr("mambax_cpu.missing", lambda: "it needs Numba")
+    monkeypatch.setattr("mambax_cpu.missing", lambda: "it needs llvmlite")
     product_ops.fastest.cache_clear()
     try:
         assert product_ops.fastest(torch.float32) is torch.nn.functional.linear

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import training_runs
-from harness import WITH_GRADIENTS, backend_params, build, config_of, token_ids
+from harness import WITH_GRADIENTS, backend_params, build, config_of, installed, token_ids
 from tolerances import assert_close, relative_error
 from training_runs import Losses, config, losses_of, trainer, weights
 
@@ -226,7 +226,7 @@ def test_bfloat16_trains_over_float32_weights(tmp_path, backend):
     assert narrow[25] < narrow[1] - 0.5
 
 
-@pytest.mark.skipif(len(backend_params(WITH_GRADIENTS)) < 2, reason="needs torch and mlx")
+@pytest.mark.skipif(len(installed(WITH_GRADIENTS)) < 2, reason="needs torch and mlx")
 def test_torch_and_mlx_learn_alike(tmp_path):
     """The loss of every one of 200 steps, float32."""
     options = {"steps": 200, "eval_every": 0, "save_every": 0, "micro_batch_size": None}

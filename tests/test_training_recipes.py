@@ -142,6 +142,46 @@ def test_nothing_is_written_for_a_run_that_cannot_begin(text, tmp_path, key, val
 
 
 @needs_backend
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text.jsonl", json.dumps({"text": TEXT}) + "\n{bad}\n", r"text\.jsonl, line 2: not valid JSON"),
+        (
+            "text.jsonl",
+            json.dumps({"body": TEXT}) + "\n",
+            "expected an object with text under 'text', found 'body'",
+        ),
+        ("text.jsonl", json.dumps({"text": TEXT}) + "\n", "validation data: the texts are empty"),
+        ("text.jsonl", "\n" * 99, "train data: the texts are empty"),
+        ("text.txt", "\ud800" * 99, "expected UTF-8 text"),
+        ("text.txt", "brown fox jumps so", "the text has 17 tokens; expected at least 18 for rows of length 17"),
+    ],
+)
+def test_bad_text_leaves_nothing(tmp_path, name, content, message):
+    """Neither a folder that was not there, nor those above it; what was there before stays."""
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8", errors="surrogatepass")
+    flags = ["--tokenizer", "bytes", "--length", 17, "--steps", 1, "-b", BACKEND]
+    if "17 tokens" in message:
+        flags += ["-s", "data.validation_fraction=0.01"]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").write_text("mine", encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (tmp_path / "runs" / "deep" / "run", tmp_path / "there"):
+        result = run("--text", path, "--run", folder, *flags)
+        assert result.exit_code == 1
+        assert re.search(message, result.stderr.replace("\n", " ")), result.stderr
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@needs_backend
+def test_a_run_into_a_file_is_refused_before_anything_is_read(text, tmp_path):
+    result = run("--text", text, "--run", text, "--dry-run", "-b", BACKEND)
+    assert result.exit_code == 1
+    assert "expected a folder to write to, found a file" in result.stderr
+
+
+@needs_backend
 def test_a_dry_run_writes_nothing(text, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     path = tmp_path / "run"
@@ -235,6 +275,35 @@ def test_ctrl_c_and_resume_at_the_command_line(text, tmp_path):
 
 
 @needs_backend
+def test_the_recipe_is_that_of_the_run_that_began_last(text, tmp_path):
+    """One that ended before its first checkpoint begins anew, with what is now said."""
+    folder = tmp_path / "run"
+    setup.build(setup.check(parse(values(text, tmp_path, training__steps=5), "here")))
+    setup.build(setup.check(parse(values(text, tmp_path), "here"))).train()
+    assert read_file(folder / "recipe.json")["training"]["steps"] == 6
+    assert run("--run", folder, "--resume").exit_code == 0
+
+
+@needs_backend
+def test_a_run_goes_on_with_the_text_that_it_began_with(text, tmp_path):
+    folder = tmp_path / "run"
+    recipe = parse(values(text, tmp_path), "here")
+    setup.build(setup.check(recipe)).train()
+    kept, content = text.read_bytes(), (folder / "data" / "train" / "tokens.bin").read_bytes()
+    os.utime(text, (1, 1))
+    assert run("--run", folder, "--resume").exit_code == 0
+    for changed in (b"another " + kept, kept + b"!"):
+        text.write_bytes(changed)
+        refused = run("--run", folder, "--resume")
+        assert refused.exit_code == 1
+        assert "the text now gives other ones" in refused.stderr
+        assert (folder / "data" / "train" / "tokens.bin").read_bytes() == content
+        assert not list(folder.glob(".data*"))
+    text.write_bytes(kept)
+    assert run("--run", folder, "--resume").exit_code == 0
+
+
+@needs_backend
 def test_tokens_are_made_again_when_the_text_has_changed(text, tmp_path):
     recipe = parse(values(text, tmp_path), "here")
     folder = tmp_path / "run" / "data"
@@ -243,5 +312,5 @@ def test_tokens_are_made_again_when_the_text_has_changed(text, tmp_path):
     setup.build(setup.check(recipe))
     assert (folder / "train" / "tokens.bin").stat().st_mtime_ns == before
     text.write_text("other " * 100, encoding="utf-8")
-    trainer = setup.build(setup.check(recipe))
-    assert trainer.data.dataset.tokens[:6].tobytes() == b"o\0t\0h\0e\0r\0 \0"
+    data: Any = setup.build(setup.check(recipe)).data
+    assert data.dataset.tokens[:6].tobytes() == b"o\0t\0h\0e\0r\0 \0"

@@ -14,10 +14,13 @@ import reference
 import test_scan
 from tolerances import GRADIENT, assert_close, relative_error
 
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from mambax_torch.kernels import devices, scan, tuning  # noqa: E402
-from triton_scan_cases import (  # noqa: E402
+pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import torch
+from mambax_torch.kernels import devices, scan, tuning
+from mambax_torch.operands import ScanOperands
+from triton_scan_cases import (
     DEVICE,
     KINDS,
     NAMES,
@@ -127,7 +130,7 @@ def test_parts_of_larger_tensors_are_taken_where_they_are(monkeypatch):
         "u": xz[..., :channels], "z": xz[..., channels:], "B": dbc[..., :n], "C": dbc[..., n : 2 * n],
         "delta": dbc[..., 2 * n :],
     }  # fmt: skip
-    given = scan.arguments(**values | parts, delta_softplus=True, mask=None, boundaries=None)
+    given = scan.arguments(ScanOperands(**values | parts, delta_softplus=True, mask=None, boundaries=None))
     for name, part in parts.items():
         assert getattr(given, name).data_ptr() == part.data_ptr()
     far = {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in values.items() if x.ndim == 3}

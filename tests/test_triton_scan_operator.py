@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from harness import TORCH_COMPILES
 
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-import mambax_torch as nn  # noqa: E402
-from mambax_torch.kernels import scan_ops  # noqa: E402
-from triton_scan_cases import (  # noqa: E402
+pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import mambax_torch as nn
+import torch
+from mambax_torch.kernels import scan_ops
+from triton_scan_cases import (
     DEVICE,
     NAMES,
     compare,
@@ -40,7 +42,6 @@ def test_torch_finds_nothing_wrong_with_the_operator():
     torch.library.opcheck(operator, (u, delta, A, B, C, D, z, bias, True, state, mask, None, True))
     plain = (x.detach() for x in (u, delta, A, B, C))
     torch.library.opcheck(operator, (*plain, None, None, None, True, None, None, None, False))
-    assert scan_ops.selective_scan is not None  # importing it is what registers the operator
 
 
 @TORCH_COMPILES

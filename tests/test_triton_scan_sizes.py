@@ -18,11 +18,13 @@ from tolerances import GRADIENT, assert_close
 
 from mambax import scan as algorithms
 
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from mambax_torch import ops  # noqa: E402
-from mambax_torch.kernels import scan, tuning  # noqa: E402
-from triton_scan_cases import DEVICE, leaves, probes, results, triton_scan, values_of  # noqa: E402
+pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import torch
+from mambax_torch import ops
+from mambax_torch.kernels import scan, tuning
+from triton_scan_cases import DEVICE, leaves, probes, results, triton_scan, values_of
 
 # --- how it is laid out -------------------------------------------------------------------------------------------
 

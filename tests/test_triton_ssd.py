@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from tolerances import FORWARD, GRADIENT, assert_close, relative_error
 
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from mambax_torch.kernels import ssd, ssd_plan  # noqa: E402
-from triton_scan_cases import DEVICE, compare, flags_of, leaves  # noqa: E402
-from triton_ssd_cases import NAMES, expected, poisoned, results, small, triton_ssd, values_of  # noqa: E402
+pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import torch
+from mambax_torch.kernels import ssd, ssd_plan
+from mambax_torch.operands import SSDOperands
+from triton_scan_cases import DEVICE, compare, flags_of, leaves
+from triton_ssd_cases import NAMES, expected, poisoned, results, small, triton_ssd, values_of
 
 __all__ = ["poisoned", "small"]  # fixtures of every test here
 
@@ -129,7 +132,9 @@ def test_parts_of_larger_tensors_are_taken_where_they_are():
     views = {
         name: part.reshape(batch, length, *shape) for name, part, shape in zip(flat, parts, shapes, strict=True)
     }
-    given = ssd_plan.arguments(**values | views, dt_softplus=True, dt_limit=(0.0, 1.0), mask=None, boundaries=None)
+    given = ssd_plan.arguments(
+        SSDOperands(**values | views, dt_softplus=True, dt_min=0.0, dt_max=1.0, mask=None, boundaries=None)
+    )
     for name, view in views.items():
         assert getattr(given, name).data_ptr() == view.data_ptr()
     turned = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in values.items() if x.ndim > 2}

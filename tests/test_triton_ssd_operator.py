@@ -14,12 +14,14 @@ from tolerances import GRADIENT, assert_close
 
 from mambax.options import Mamba2Options
 
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-import mambax_torch as nn  # noqa: E402
-from mambax_torch.kernels import ssd_ops  # noqa: E402
-from triton_scan_cases import DEVICE, compare, leaves  # noqa: E402
-from triton_ssd_cases import NAMES, poisoned, results, small, triton_ssd, values_of  # noqa: E402
+pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import mambax_torch as nn
+import torch
+from mambax_torch.kernels import ssd_ops
+from triton_scan_cases import DEVICE, compare, leaves
+from triton_ssd_cases import NAMES, poisoned, results, small, triton_ssd, values_of
 
 __all__ = ["poisoned", "small"]  # fixtures of every test here
 ssd_of_backend = nn.ssd
@@ -27,12 +29,12 @@ ssd_of_backend = nn.ssd
 
 def test_torch_finds_nothing_wrong_with_the_operator():
     values = leaves(values_of((1, 2, 1, 1, 1, 1)))
-    tensors = [values[name] for name in NAMES]
+    *tensors, state = (values[name] for name in NAMES)
     mask = torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
     operator = torch.ops.mambax.triton_ssd.default
-    torch.library.opcheck(operator, (*tensors, mask, None, True, 0.0, 1.0, True))
+    torch.library.opcheck(operator, (*tensors, True, 0.0, 1.0, state, mask, None, True))
     plain = [x.detach() for x in tensors[:5]]
-    without = (*plain, *[None] * 5, True, 0.0, float("inf"), False)
+    without = (*plain, None, None, True, 0.0, float("inf"), None, None, None, False)
     torch.library.opcheck(operator, without, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -105,8 +105,8 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "step" and where and where[0] == f"full{record['step']}":
             fill_the_disk(5000)
-        if kind == "start" and where and where[0] == "tell":
-            print("started", flush=True)
+        if kind in ("start", "step") and where and where[0] == "tell":
+            print(kind, flush=True)
 
     run = Path(folder) / "run"
     changes = {key: json.loads(value) for key, _, value in (text.partition("=") for text in where) if value}

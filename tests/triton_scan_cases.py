@@ -13,11 +13,14 @@ from tolerances import FORWARD, GRADIENT, assert_close
 
 from mambax import scan as algorithms
 
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-import mambax_torch as nn  # noqa: E402
-from mambax_torch import ops  # noqa: E402
-from mambax_torch.kernels import (  # noqa: E402
+pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import mambax_torch as nn
+import torch
+import triton
+from mambax_torch import ops
+from mambax_torch.kernels import (
     devices,
     scan,
     scan_adjoint,

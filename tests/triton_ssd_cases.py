@@ -13,11 +13,13 @@ from triton_scan_cases import DEVICE, leaves
 
 from mambax import ssd as algorithms
 
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-import mambax_torch as nn  # noqa: E402
-from mambax_torch import ops  # noqa: E402
-from mambax_torch.kernels import devices, ssd, ssd_backward, ssd_forward, ssd_plan, ssd_states, ssd_steps  # noqa: E402
+pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import mambax_torch as nn
+import torch
+from mambax_torch import ops
+from mambax_torch.kernels import devices, ssd, ssd_backward, ssd_forward, ssd_plan, ssd_states, ssd_steps
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 

@@ -1,4 +1,4 @@
-"""Atomic reads and writes of int64 values in memory that several threads share, for kernels in Numba."""
+"""Atomic reads and writes of int64 values in memory that several threads share, for kernels."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import platform
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
 
+from mambax_cpu import kernel_types as types
 from mambax_cpu.compilation import intrinsic
+from mambax_cpu.kernel_types import declared
 
 integers = types.CPointer(types.int64)
-"""The Numba type of an address of int64 values."""
+"""The type of an address of int64 values."""
 
 _PAUSE: dict[str, tuple[str, tuple[Any, ...]]] = {
     "x86_64": ("llvm.x86.sse2.pause", ()),
@@ -73,7 +73,7 @@ def pause(typing_context: Any) -> Any:
         name, values = _PAUSE.get(platform.machine().lower(), ("", ()))
         if name:
             kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+            builder.call(declared(builder.module, name, kind), values)
         return context.get_dummy_value()
 
     return types.void(), generate

@@ -19,8 +19,8 @@ import numpy as np
 KEPT = 128 << 20
 """Bytes that are kept for use again, at most."""
 
-_LARGE = 1 << 20
-"""Bytes below which the C library keeps memory itself."""
+_LARGE = 1 << 19
+"""Bytes below which memory is left to the C library, which keeps most of it."""
 
 _blocks: deque[np.ndarray] = deque()  # the last one used at the end; each change is a single operation
 _COUNTS = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()

@@ -25,6 +25,9 @@ _TASKS = 16
 _REST = (0.0, 2e-5, 1e-4, 1e-3)
 """Seconds for which a thread sleeps that has waited in vain, time after time."""
 
+_WAIT = 5e-3
+"""Seconds that waiting in vain takes at most, with the sleep after it; a thread that took longer found tasks."""
+
 _kernels = KernelFile("mambax_cpu.phases")
 
 KERNELS = {
@@ -103,7 +106,7 @@ def table_of(rows: Sequence[Mapping[int, int]]) -> np.ndarray:
     return table
 
 
-def perform(kernel: str, table: np.ndarray, threads: int, scratch: int) -> None:
+def perform(kernel: str, table: np.ndarray, threads: int, scratch: int, kernels: KernelFile = _kernels) -> None:
     """Work through the phases of a table.
 
     Args:
@@ -112,18 +115,20 @@ def perform(kernel: str, table: np.ndarray, threads: int, scratch: int) -> None:
             this returns, the table itself is kept for helpers that come late.
         threads: how many may take part.
         scratch: float32 values that each needs, see :func:`mambax_cpu.phase_table.scratch_size`.
+        kernels: the file with the kernels.
     """
     control = np.full(field.control_size(threads), -1, np.int64)
     room = np.empty((threads, scratch), np.float32)
-    function = getattr(_kernels, kernel)
+    function = getattr(kernels, kernel)
     places = tuple(array.__array_interface__["data"][0] for array in (table, control, room))
 
     def work(slot: int, held: Any = (table, control, room)) -> None:
         own = places[2] + 4 * scratch * slot
-        tries = 0
+        tries, since = 0, time.perf_counter()
         while not function(places[0], len(table), places[1], threads, slot, own):
             time.sleep(_REST[min(tries, len(_REST) - 1)])
-            tries += 1
+            now = time.perf_counter()
+            tries, since = tries + 1 if now - since < _WAIT else 0, now
 
     if threads == 1:
         work(0)

@@ -1,9 +1,9 @@
 """How the kernels of this package are written, compiled and called.
 
-A kernel is a Python function with :func:`kernel` above it. What runs is machine code: made by Numba at the first
-call ever, kept on disk by :mod:`mambax_cpu.object_files`, and from then on loaded without Numba, whose import alone
-takes a fifth of a second and 20 MB. So that Numba stays out, the files that call kernels do not import those that
-define them, but name them::
+A kernel is a Python function with :func:`kernel` above it. What runs is machine code: made at the first call
+ever (:mod:`mambax_cpu.translation`, :mod:`mambax_cpu.code_generation`), kept on disk by
+:mod:`mambax_cpu.object_files`, and from then on loaded. So that nothing is imported which only compiling needs, the
+files that call kernels do not import those that define them, but name them::
 
     kernels = KernelFile("mambax_cpu.scan_forward")
     kernels.forward(table, length, channels, states, use_softplus, first, last, scratch)
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from mambax_cpu import native_code, object_files
+from mambax_cpu.parts import Intrinsic, Part, Selection
 
 _SILENCE = 3.0
 """Seconds that compiling may take in a process before it says what it is doing."""
@@ -132,7 +133,7 @@ def _compiled(function: Callable[..., Any], kinds: str, symbol: str) -> bytes:
         _spent += time.perf_counter() - start
 
 
-# --- what files of kernels are written with; importing them loads Numba ---------------------------------------
+# --- what files of kernels are written with -------------------------------------------------------------------
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -142,36 +143,25 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def part(function: Callable[..., Any]) -> Any:
-    """A function that kernels call."""
-    from mambax_cpu.code_generation import compiled_part
-
-    return compiled_part(function)
+    """A function that kernels call. One that gives something back is inlined, as :func:`inlined` is."""
+    return Part(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """A short function that kernels call, whose code LLVM is to put in place of the call."""
-    from mambax_cpu.code_generation import compiled_part
-
-    return compiled_part(function, forceinline=True)
+    """A short function that kernels call, whose instructions take the place of the call."""
+    return Part(function, inlined=True)
 
 
 def spliced(function: Callable[..., Any]) -> Any:
-    """A function whose code replaces the call before anything is compiled: for one that is called in one place."""
-    from mambax_cpu.code_generation import compiled_part
+    """As :func:`inlined`, for one that is called in one place, or is given functions."""
+    return Part(function, inlined=True)
 
-    return compiled_part(function, inline="always")
+
+def selection(function: Callable[..., Any]) -> Any:
+    """A function that kernels call as the part that it returns, of the types of their arguments."""
+    return Selection(function)
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:
-    """A function that types its arguments and returns what emits its instructions."""
-    import numba.extending
-
-    return numba.extending.intrinsic(function)
-
-
-def overload(python_function: Any) -> Callable[[Callable[..., Any]], Any]:
-    """What compiled code does for a Python function or operator, inlined; see ``numba.extending.overload``."""
-    import numba.extending
-
-    options: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
-    return numba.extending.overload(python_function, jit_options=options)
+    """A function that types its arguments and returns what emits its instructions: see :class:`Intrinsic`."""
+    return Intrinsic(function)

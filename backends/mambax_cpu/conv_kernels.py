@@ -1,4 +1,4 @@
-"""The causal depthwise convolution with bias and SiLU, and its gradient, in Numba.
+"""The causal depthwise convolution with bias and SiLU, and its gradient: the kernels.
 
 The forward kernel takes rows of time: it reads the inputs in the order in which they lie in memory. The backward
 kernel takes sixteen channels through the sequence in tiles, because their gradients of weight and bias are sums
@@ -28,7 +28,7 @@ from mambax_cpu.memory import (
     store_some,
     zero,
 )
-from mambax_cpu.precision import read, write
+from mambax_cpu.precision import number_of, read_or_zero, write
 from mambax_cpu.simd import (
     integers_at,
     load,
@@ -49,21 +49,24 @@ DY, DX, DW, DBIAS, DINITIAL = range(6, 11)
 
 
 @inlined
-def _input(kind, views, row, source, past, channel, lanes):  # pragma: no cover
-    """Sixteen channels of an input; zero below -past. `kind` is an address of the type of x."""
+def _place(kind, views, row, source, past):  # pragma: no cover
+    """The address of the channels of an input, an int64; 0 for one that counts as zero, which all below -past do.
+
+    `kind` is an address of the type of x.
+    """
     if source >= 0:
-        return read(element_at(kind, views, X, row, source), channel, lanes)
+        return number_of(element_at(kind, views, X, row, source))
     if source < -past or views[3 * INITIAL] == 0:
-        return splat(0.0)
-    return read(element_at(kind, views, INITIAL, row, past + source), channel, lanes)
+        return 0
+    return number_of(element_at(kind, views, INITIAL, row, past + source))
 
 
 @part
-def _find_sources(views, row, step, width, sources):  # pragma: no cover
-    """The inputs of the output at a step, one for each k; -width for one that counts as zero."""
+def _find_places(kind, views, row, step, width, places):  # pragma: no cover
+    """Where the inputs of the output at a step are, one for each k."""
     source, over = step, False
     for k in range(width - 1, -1, -1):
-        sources[k] = -width if over else source
+        places[k] = 0 if over else _place(kind, views, row, source, width - 1)
         over = over or (source >= 0 and begins(views, FLAGS, row, source))
         source -= 1
         while source >= 0 and not exists(views, FLAGS, row, source):
@@ -101,7 +104,7 @@ def _convolve(kind, table, length, channels, width, silu, first, last, scratch):
     views, size = integers_at(table.ctypes.data), 4 * WIDTH
     blocks = (channels + WIDTH - 1) // WIDTH
     spare, weights = pointer(scratch.ctypes.data), pointer(scratch.ctypes.data + size)
-    sources = integers_at(scratch.ctypes.data + size * (1 + blocks * width))
+    places = integers_at(scratch.ctypes.data + size * (1 + blocks * width))
     for block in range(blocks):
         lanes = min(WIDTH, channels - block * WIDTH)
         columns = pointer(scratch.ctypes.data + size * (1 + block * width))
@@ -110,7 +113,7 @@ def _convolve(kind, table, length, channels, width, silu, first, last, scratch):
         row, step = place // length, place % length
         real = exists(views, FLAGS, row, step)
         if real:
-            _find_sources(views, row, step, width, sources)
+            _find_places(kind, views, row, step, width, places)
         for block in range(blocks):
             channel = block * WIDTH
             lanes = min(WIDTH, channels - channel)
@@ -118,7 +121,7 @@ def _convolve(kind, table, length, channels, width, silu, first, last, scratch):
             if real:
                 value = load_vector(views, BIAS, channel, lanes, spare)
                 for k in range(width):
-                    x = _input(kind, views, row, sources[k], width - 1, channel, lanes)
+                    x = read_or_zero(kind, places[k], channel, lanes)
                     value = multiply_add(x, load(weights, (block * width + k) * WIDTH), value)
                 if silu:
                     value = value * sigmoid(value)
@@ -197,13 +200,15 @@ def _inner(views, silu, row, first, width, channel, lanes, w):  # pragma: no cov
         before = load_vector(views, BIAS, channel, lanes, w.spare)
         for k in range(width):
             if w.numbers[first + k] == number:
-                x = _input(pointer(0), views, row, w.steps[first + k], past, channel, lanes)
+                place = _place(pointer(0), views, row, w.steps[first + k], past)
+                x = read_or_zero(pointer(0), place, channel, lanes)
                 before = before + x * load(w.weights, k * WIDTH)
         s = sigmoid(before)
         value = value * (s + before * s * (splat(1.0) - s))
     for k in range(width):
         if w.numbers[first + k] == number:
-            x = _input(pointer(0), views, row, w.steps[first + k], past, channel, lanes)
+            place = _place(pointer(0), views, row, w.steps[first + k], past)
+            x = read_or_zero(pointer(0), place, channel, lanes)
             store(w.dweights, k * WIDTH, load(w.dweights, k * WIDTH) + value * x)
     return value
 

@@ -1,4 +1,4 @@
-"""The gated RMSNorm of Mamba-2 in Numba: rms(y silu(z)) weight, the mean square over each group of channels.
+"""The kernels of the gated RMSNorm of Mamba-2: rms(y silu(z)) weight, the mean square over each group of channels.
 
 Dimensions: B batch, L length, D channels, G groups of them.
 """

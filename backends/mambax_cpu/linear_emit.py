@@ -1,16 +1,18 @@
-"""The instructions that the tiles of linear layers are made of, emitted while Numba compiles.
+"""The instructions that the tiles of linear layers are made of, which intrinsics emit.
 
 Vectors have sixteen lanes. See :mod:`mambax_cpu.linear_tiles` for how weights of four bits are stored and read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
 
+from mambax_cpu import kernel_types as types
+from mambax_cpu.kernel_types import allocated, declared
 from mambax_cpu.simd import WIDTH
 
 LANE, INDEX = ir.IntType(32), ir.IntType(64)
@@ -68,7 +70,7 @@ class Emitter:
         """The elements of those lanes that are present; zero in the others, which are not read."""
         vector, name = stored.vector, f"v{WIDTH}{stored.name}"
         kind = ir.FunctionType(vector, [vector.as_pointer(), LANE, present.type, vector])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.masked.load.{name}.p0{name}")
+        function = declared(self.builder.module, f"llvm.masked.load.{name}.p0{name}", kind)
         zeros = ir.Constant(vector, [0.0 if vector is FLOATS else 0] * WIDTH)
         align = ir.Constant(LANE, stored.size)
         return self.builder.call(function, [self.address(base, index, vector), align, present, zeros])
@@ -79,7 +81,7 @@ class Emitter:
         """The lanes that are present to base[index] and on; nothing else is written."""
         vector, name = stored.vector, f"v{WIDTH}{stored.name}"
         kind = ir.FunctionType(ir.VoidType(), [vector, vector.as_pointer(), LANE, present.type])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.masked.store.{name}.p0{name}")
+        function = declared(self.builder.module, f"llvm.masked.store.{name}.p0{name}", kind)
         align = ir.Constant(LANE, stored.size)
         self.builder.call(function, [value, self.address(base, index, vector), align, present])
 
@@ -92,14 +94,14 @@ class Emitter:
         """Have the cache line of base[index] fetched, which may be no memory at all."""
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, LANE, LANE, LANE])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0i8")
+        function = declared(self.builder.module, "llvm.prefetch.p0i8", kind)
         read, keep, data = (ir.Constant(LANE, value) for value in (0, 3, 1))
         self.builder.call(function, [self.builder.bitcast(self.builder.gep(base, [index]), byte), read, keep, data])
 
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
         """a b + c."""
         kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fmuladd.v{WIDTH}f32")
+        function = declared(self.builder.module, f"llvm.fmuladd.v{WIDTH}f32", kind)
         return self.builder.call(function, [a, b, c])
 
     def spread(self, value: Any, count: int = WIDTH) -> Any:
@@ -111,9 +113,25 @@ class Emitter:
     def as_floats(self, bits: Any) -> Any:
         return self.builder.bitcast(bits, FLOATS)
 
+    @contextmanager
+    def counting(self, stop: Any, step: int = 1) -> Iterator[Any]:
+        """A loop, with the number that counts from 0 to below `stop`."""
+        b = self.builder
+        before, again, inside, after = b.block, *(b.append_basic_block() for _ in range(3))
+        b.branch(again)
+        b.position_at_end(again)
+        number = b.phi(INDEX)
+        number.add_incoming(self.index(0), before)
+        b.cbranch(b.icmp_signed("<", number, stop), inside, after)
+        b.position_at_end(inside)
+        yield number
+        number.add_incoming(b.add(number, self.index(step), flags=["nsw"]), b.block)
+        b.branch(again)
+        b.position_at_end(after)
+
     def sums(self, rows: int, columns: int) -> list[list[Any]]:
         """Places of rows * columns sums of sixteen lanes, zero."""
-        sums = [[cgutils.alloca_once(self.builder, FLOATS) for _ in range(columns)] for _ in range(rows)]
+        sums = [[allocated(self.builder, FLOATS) for _ in range(columns)] for _ in range(rows)]
         for place in (place for row in sums for place in row):
             self.builder.store(ir.Constant(FLOATS, [0.0] * WIDTH), place)
         return sums
@@ -149,12 +167,12 @@ class Emitter:
     def widened(self, stored: Any, element: Any) -> Any:
         """Sixteen stored weights as float32."""
         b = self.builder
-        if element == types.float32:
+        if element is types.float32:
             return stored
-        if element == types.int8:
+        if element is types.int8:
             return b.sitofp(stored, FLOATS)
         bits = b.zext(stored, INTEGERS)
-        if element == types.int16:  # bfloat16 is the upper half of float32
+        if element is types.int16:  # bfloat16 is the upper half of float32
             return self.as_floats(b.shl(bits, self.bits(16)))
         # float16: its bits in the places of float32 are 2^112 times too small; the product makes subnormals right
         # as well. Infinity and NaN have the largest exponent, there and here.
@@ -167,9 +185,9 @@ class Emitter:
 
     def narrowed(self, value: Any, element: Any) -> Any:
         """Sixteen float32 as they are stored: rounded to the nearest, to even between two; NaN stays NaN."""
-        if element == types.float32:
+        if element is types.float32:
             return value
-        bits = self._to_bfloat16(value) if element == types.int16 else self._to_float16(value)
+        bits = self._to_bfloat16(value) if element is types.int16 else self._to_float16(value)
         return self.builder.trunc(bits, STORED[element].vector)
 
     def _to_bfloat16(self, value: Any) -> Any:

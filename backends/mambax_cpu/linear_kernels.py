@@ -1,4 +1,4 @@
-"""Weights of any kind made float32, in Numba.
+"""Weights of any kind made float32: the kernels.
 
 The arguments of kernels are int64: numbers, and addresses of contiguous arrays, 0 for one that is absent. They do
 rows `first` to `last` - 1 of the weights.

@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix whose weights are read once, in Numba: a function for each kind of weights.
+"""Products of a few rows with a matrix whose weights are read once: a function for each kind of weights.
 
 They take the matrix in blocks of four rows, and each block through all rows of x: from memory it comes once, then
 it is in the first cache. `views` is a row of :mod:`mambax_cpu.phase_table`; rows `first` to `last` - 1 of the
@@ -8,11 +8,11 @@ weights are done, out[r, j] = weights[j] . x[r].
 from __future__ import annotations
 
 import numpy as np
-from numba import types
 
 from mambax.quantization import BLOCK
+from mambax_cpu import kernel_types as types
 from mambax_cpu import phase_table as field
-from mambax_cpu.compilation import inlined, overload, part
+from mambax_cpu.compilation import inlined, part, selection
 from mambax_cpu.linear_tiles import (
     GROUP,
     bfloat16_at,
@@ -62,25 +62,25 @@ def _product(views, weights, size, first, last):  # pragma: no cover
 
 
 @part
-def float32_product(views, first, last):  # pragma: no cover
+def float32_product(stored, views, first, last):  # pragma: no cover
     """The weights float32."""
     _product(views, pointer(views[field.WEIGHT]), 4, first, last)
 
 
 @part
-def bfloat16_product(views, first, last):  # pragma: no cover
+def bfloat16_product(stored, views, first, last):  # pragma: no cover
     """The weights bfloat16."""
     _product(views, bfloat16_at(views[field.WEIGHT]), 2, first, last)
 
 
 @part
-def float16_product(views, first, last):  # pragma: no cover
+def float16_product(stored, views, first, last):  # pragma: no cover
     """The weights float16."""
     _product(views, float16_at(views[field.WEIGHT]), 2, first, last)
 
 
 @part
-def int8_product(views, first, last):  # pragma: no cover
+def int8_product(stored, views, first, last):  # pragma: no cover
     """The weights int8, with a float32 factor for each row."""
     _product(views, int8_at(views[field.WEIGHT]), 1, first, last)
     out, factors, outs = pointer(views[field.OUT]), pointer(views[field.SCALES]), views[field.OUTPUTS]
@@ -108,7 +108,7 @@ def prepare(views):  # pragma: no cover
 
 
 @part
-def int4_product(views, first, last):  # pragma: no cover
+def int4_product(stored, views, first, last):  # pragma: no cover
     """The weights of four bits with a scale for each group, x as :func:`prepare` made it.
 
     The weights are (O, blocks * 16) uint32, `blocks` times 128 the inputs rounded up, the scales
@@ -147,26 +147,23 @@ def int4_product(views, first, last):  # pragma: no cover
             result[r * outs + j] *= np.float32(16)
 
 
-def product(stored, views, first, last):  # pragma: no cover
+@part
+def _int4_or_int8_product(stored, views, first, last):  # pragma: no cover
+    """The weights of four bits, or with SECOND int8."""
+    if views[field.SECOND]:
+        int8_product(stored, views, first, last)
+    else:
+        int4_product(stored, views, first, last)
+
+
+@selection
+def product(stored, views, first, last):
     """The product for weights of the kind that the type of `stored` says; with SECOND beside four bits, int8."""
-    raise NotImplementedError("for compiled code alone")
-
-
-@overload(product)
-def _product_of(stored, views, first, last):
-    if stored.dtype == types.float32:
-        return lambda stored, views, first, last: float32_product(views, first, last)
-    if stored.dtype == types.int16:
-        return lambda stored, views, first, last: bfloat16_product(views, first, last)
-    if stored.dtype == types.uint16:
-        return lambda stored, views, first, last: float16_product(views, first, last)
-    if stored.dtype == types.int8:
-        return lambda stored, views, first, last: int8_product(views, first, last)
-
-    def either(stored, views, first, last):
-        if views[field.SECOND]:
-            int8_product(views, first, last)
-        else:
-            int4_product(views, first, last)
-
-    return either
+    parts = {
+        types.float32: float32_product,
+        types.int16: bfloat16_product,
+        types.uint16: float16_product,
+        types.int8: int8_product,
+        types.uint32: _int4_or_int8_product,
+    }
+    return parts[stored.dtype]

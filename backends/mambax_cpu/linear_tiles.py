@@ -1,6 +1,6 @@
 """Tiles of a product of a few rows with a matrix: up to four by four sums that stay in registers.
 
-Their instructions are emitted while Numba compiles; LLVM's own vectoriser neither keeps that many sums nor reads
+Their instructions are emitted one by one; LLVM's own vectoriser neither keeps that many sums nor reads
 weights of four bits. Each weight is widened once in registers, for all rows of x of the tile.
 
 Weights of four bits come sixteen words of 32 bits at a time, which hold 128 of them, as :mod:`mambax.quantization`
@@ -11,16 +11,12 @@ times too small and 1.5 x too large: each sum starts with that subtracted, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba.extending
-from numba import types
-from numba.core import cgutils
-
 from mambax.quantization import BLOCK
+from mambax_cpu import kernel_types as types
 from mambax_cpu.compilation import intrinsic
-from mambax_cpu.linear_emit import FLOATS, INDEX, INTEGERS, STORED, Emitter
+from mambax_cpu.linear_emit import FLOATS, INTEGERS, STORED, Emitter
 from mambax_cpu.simd import WIDTH, address_of, floats, lanes
 
 GROUP = 32
@@ -41,12 +37,7 @@ def moved(typing_context: Any, base: Any, count: Any) -> Any:
     return base(base, types.int64), generate
 
 
-def _with_sizes(function: Callable[..., Any]) -> Any:
-    """An intrinsic of which some arguments are literal numbers."""
-    return numba.extending.intrinsic(prefer_literal=True)(function)
-
-
-@_with_sizes
+@intrinsic
 def tile(
     typing_context: Any, weights: Any, stride: Any, ahead: Any, x: Any, inputs: Any, out: Any, outs: Any,
     J: Any, R: Any,
@@ -59,8 +50,6 @@ def tile(
         x: the address of the first row, float32; `inputs` values, and as many to the next.
         out: an address, float32; `outs` values to the next row.
     """
-    if not (isinstance(J, types.IntegerLiteral) and isinstance(R, types.IntegerLiteral)):
-        return None
     element = weights.dtype
     stored, height, width = STORED[element], J.literal_value, R.literal_value
 
@@ -76,7 +65,7 @@ def tile(
                     emit.add_product(weight, value, place)
 
         whole = builder.and_(inputs, emit.index(-WIDTH))
-        with cgutils.for_range_slice(builder, emit.index(0), whole, emit.index(WIDTH), INDEX) as (i, _):
+        with emit.counting(whole, WIDTH) as i:
             for row in rows:
                 emit.fetch(row, builder.add(i, ahead))
             step([emit.load(row, i, stored) for row in rows], [emit.load(column, i) for column in columns])
@@ -115,7 +104,7 @@ def dot_rows(typing_context: Any, weights: Any, count: Any, x: Any, inputs: Any)
             rows.append(b.gep(base, [b.mul(row, inputs)]))
         sums = emit.sums(WIDTH, 1)
         whole = b.and_(inputs, emit.index(-WIDTH))
-        with cgutils.for_range_slice(b, emit.index(0), whole, emit.index(WIDTH), INDEX) as (i, _):
+        with emit.counting(whole, WIDTH) as i:
             value = emit.load(x, i)
             for row, (place,) in zip(rows, sums, strict=True):
                 emit.fetch(row, b.add(i, emit.times(inputs, WIDTH)))  # of the sixteen rows after these
@@ -132,7 +121,7 @@ def dot_rows(typing_context: Any, weights: Any, count: Any, x: Any, inputs: Any)
     return lanes(weights, types.int64, floats, types.int64), generate
 
 
-@_with_sizes
+@intrinsic
 def packed_tile(
     typing_context: Any, words: Any, scales: Any, shift: Any, ahead: Any, x: Any, starts: Any, blocks: Any,
     out: Any, outs: Any, J: Any, R: Any,
@@ -147,8 +136,6 @@ def packed_tile(
         starts: what the sums start with, -1.5 times the sum of each lane of x over a group of 32.
         out, outs: as of :func:`tile`.
     """
-    if not (isinstance(J, types.IntegerLiteral) and isinstance(R, types.IntegerLiteral)):
-        return None
     height, width = J.literal_value, R.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -160,13 +147,13 @@ def packed_tile(
         columns = emit.rows(x, emit.times(blocks, BLOCK), width)
         corrections = emit.rows(starts, emit.times(blocks, BLOCK // 2), width)
         sums = emit.sums(height, width)
-        with cgutils.for_range(builder, blocks, intp=INDEX) as loop:
-            place = emit.times(loop.index, WIDTH)
+        with emit.counting(blocks) as number:
+            place = emit.times(number, WIDTH)
             words = [b.load(emit.address(row, place, INTEGERS), align=4) for row in rows]
             for row in rows:
                 emit.fetch(row, b.add(place, ahead))
             for group in range(BLOCK // GROUP):  # of x, only what one group needs is in registers
-                index = emit.plus(emit.times(loop.index, BLOCK // GROUP), group)
+                index = emit.plus(emit.times(number, BLOCK // GROUP), group)
                 start = [emit.load(correction, emit.times(index, WIDTH)) for correction in corrections]
                 first = [emit.load(column, emit.times(index, GROUP)) for column in columns]
                 second = [emit.load(column, emit.plus(emit.times(index, GROUP), WIDTH)) for column in columns]
@@ -194,7 +181,7 @@ def widen(typing_context: Any, weights: Any, count: Any, factor: Any, out: Any) 
         emit = Emitter(builder)
         factor = emit.spread(factor)
         whole = builder.and_(count, emit.index(-WIDTH))
-        with cgutils.for_range_slice(builder, emit.index(0), whole, emit.index(WIDTH), INDEX) as (i, _):
+        with emit.counting(whole, WIDTH) as i:
             value = builder.fmul(emit.widened(emit.load(base, i, stored), element), factor)
             builder.store(value, emit.address(out, i, FLOATS), align=4)
         present = emit.present(builder.sub(count, whole))
@@ -217,14 +204,14 @@ def widen_packed(typing_context: Any, words: Any, scales: Any, shift: Any, count
         base, scales, shift, count, out = args
         emit, b = Emitter(builder), builder
         blocks = b.lshr(emit.plus(count, BLOCK - 1), emit.index(BLOCK.bit_length() - 1))
-        with cgutils.for_range(builder, blocks, intp=INDEX) as loop:
-            words = b.load(emit.address(base, emit.times(loop.index, WIDTH), INTEGERS), align=4)
+        with emit.counting(blocks) as number:
+            words = b.load(emit.address(base, emit.times(number, WIDTH), INTEGERS), align=4)
             for k in range(BLOCK // WIDTH):
-                group = emit.plus(emit.times(loop.index, BLOCK // GROUP), k * WIDTH // GROUP)
+                group = emit.plus(emit.times(number, BLOCK // GROUP), k * WIDTH // GROUP)
                 scale = emit.bfloat16(b.load(b.gep(scales, [b.lshr(group, shift)])))
                 q = b.and_(b.lshr(words, emit.bits(4 * k)), emit.bits(15))
                 value = b.fmul(b.sitofp(b.sub(q, emit.bits(8)), FLOATS), scale)
-                index = emit.plus(emit.times(loop.index, BLOCK), k * WIDTH)
+                index = emit.plus(emit.times(number, BLOCK), k * WIDTH)
                 emit.store_some(value, out, index, emit.present(b.sub(count, index)))
         return context.get_dummy_value()
 

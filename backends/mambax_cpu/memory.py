@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
+from mambax_cpu import kernel_types as types
 from mambax_cpu.compilation import inlined, intrinsic, part
 from mambax_cpu.simd import WIDTH, bytes_at, load, pointer, splat, store
 
@@ -24,6 +24,8 @@ def element_at(typing_context, kind, views, which, row, step):
         address, row_stride, step_stride = (
             builder.load(builder.gep(views, [builder.add(first, ir.Constant(which.type, i))])) for i in range(3)
         )
+        for value in (address, row_stride, step_stride):  # no kernel writes to its table
+            value.set_metadata("invariant.load", builder.module.add_metadata([]))
         elements = builder.add(builder.mul(row, row_stride), builder.mul(step, step_stride))
         return builder.gep(builder.inttoptr(address, context.get_value_type(kind)), [elements])
 

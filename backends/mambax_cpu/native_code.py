@@ -41,15 +41,37 @@ def processor() -> str:
 
 
 @cache
-def _engine() -> Any:
-    """LLVM's linker of code into this process."""
+def _target() -> Any:
+    """What LLVM knows of this kind of processor."""
     import llvmlite.binding as llvm
 
     with suppress(RuntimeError):  # newer releases do this by themselves and refuse
         llvm.initialize()
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine()
+    return llvm.Target.from_default_triple()
+
+
+def target_machine() -> Any:
+    """LLVM's description of this very processor, for code that :func:`load` is given."""
+    import llvmlite.binding as llvm
+
+    return _target().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=3,
+        reloc="static" if _target().name.startswith("x86") else "default",
+        codemodel="jitdefault",
+        jit=True,
+    )
+
+
+@cache
+def _engine() -> Any:
+    """LLVM's linker of code into this process."""
+    import llvmlite.binding as llvm
+
+    machine = _target().create_target_machine()
     return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
 
 

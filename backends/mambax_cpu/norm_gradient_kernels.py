@@ -1,4 +1,4 @@
-"""The gradient of RMSNorm, in Numba: one pass for the sums of a row, one for what comes of them.
+"""The gradient of RMSNorm: one pass for the sums of a row, one for what comes of them.
 
 With s = 1 / sqrt(mean(x^2) + epsilon) and g = dy weight::
 

@@ -1,4 +1,4 @@
-"""RMSNorm in Numba: one kernel for each precision of weights and results.
+"""RMSNorm: one kernel for each precision of weights and results.
 
 Dimensions: R rows, M values in each.
 """

@@ -1,7 +1,7 @@
 """Object code of kernels kept on disk, so that each is compiled once per machine.
 
 The name of a file is a digest of all that its contents depend on: the text of the files that the kernel is made
-of, the versions of Python, Numba and LLVM, and the processor. So an edit or an upgrade makes another file, two
+of, the versions of Python and LLVM, and the processor. So an edit or an upgrade makes another file, two
 processes at once write the same, and nothing has to be told apart or deleted by hand. What was not used for
 :data:`DAYS` days goes when something new comes.
 
@@ -42,26 +42,30 @@ _DAY = 24 * 60 * 60.0
 _IMPORT = re.compile(
     r"^[ \t]*(?:from (mambax[\w.]*) import (\([^)]*\)|[^\n]*)|import (mambax[\w.]*))", re.MULTILINE
 )
-_IGNORED = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}  # change no code
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows alone has it
 
 _log = logging.getLogger("mambax")
 
 
-def folder() -> Path:
-    """Where the files are: under ``NUMBA_CACHE_DIR`` where that is set, else in the user's folder for caches.
+def cache_folder() -> Path:
+    """``MAMBAX_CACHE_DIR`` where that is set, else a place in the user's folder for caches.
 
     Raises:
         RuntimeError: when the user has no home.
     """
-    if named := os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(named) / "mambax"
+    if named := os.environ.get("MAMBAX_CACHE_DIR"):
+        return Path(named)
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "mambax" / "kernels"
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "mambax"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mambax" / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambax" / "kernels"
+        return Path.home() / "Library" / "Caches" / "mambax"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambax"
+
+
+def folder() -> Path:
+    """Where the files are, in :func:`cache_folder`."""
+    return cache_folder() / "kernels"
 
 
 def read(key: str) -> bytes | None:
@@ -157,8 +161,7 @@ def key(module: str, name: str, kinds: str) -> str:
 @cache
 def _environment() -> tuple[str, ...]:
     """All that is not the kernel's own text."""
-    settings = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("NUMBA_") and k not in _IGNORED)
-    return sys.version, version("numba"), version("llvmlite"), processor(), *settings
+    return sys.version, version("llvmlite"), processor()
 
 
 @cache
@@ -170,6 +173,11 @@ def sources(module: str) -> tuple[str, ...]:
 def unchanged(module: str) -> bool:
     """Whether :func:`sources` is what is on disk."""
     return sources(module) == _with_imports(module, _text)
+
+
+def text(module: str) -> str:
+    """The text of a module of ours, as it was when first asked for."""
+    return _first_text(module)
 
 
 def _with_imports(module: str, read_text: Callable[[str], str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a phase does besides its product, in Numba: norms, the convolution and gate of one token, the recurrence.
+"""What a phase does besides its product: norms, the convolution and gate of one token, the recurrence.
 
 `views` is a row of :mod:`mambax_cpu.phase_table`, `narrow` any address of the type of narrow values. Everything is
 computed in float32.
@@ -33,11 +33,12 @@ from mambax_cpu.simd import (
 
 @part
 def normalise(narrow, views, epsilon):  # pragma: no cover
-    """X = HIDDEN / rms(HIDDEN) * NORM."""
-    inputs, weight = views[field.INPUTS], like(narrow, views[field.NORM])
-    for r in range(views[field.ROWS]):
-        hidden, out = pointer(views[field.HIDDEN] + 4 * r * inputs), pointer(views[field.X] + 4 * r * inputs)
-        normalise_row(hidden, weight, out, inputs, epsilon)
+    """X = HIDDEN / rms(HIDDEN) * NORM, the mean square over each of PARTS."""
+    parts, weight = views[field.PARTS], like(narrow, views[field.NORM])
+    size = views[field.INPUTS] // parts
+    for i in range(views[field.ROWS] * parts):
+        hidden, out = pointer(views[field.HIDDEN] + 4 * i * size), pointer(views[field.X] + 4 * i * size)
+        normalise_row(hidden, moved(weight, i % parts * size), out, size, epsilon)
 
 
 @spliced
@@ -67,23 +68,29 @@ def finish_product(narrow, views, first, last):  # pragma: no cover
 
 @part
 def convolve_and_gate(narrow, views, first, last, scratch):  # pragma: no cover
-    """Of the outputs `first` to `last` - 1 of in_proj: x through the convolution to U, z to silu(z) in OUT."""
-    channels, outs = views[field.CHANNELS], views[field.OUTPUTS]
-    out = pointer(views[field.OUT])
+    """Of the outputs `first` to `last` - 1 of in_proj: some through the convolution to U, z to silu(z) in OUT."""
+    begin, channels, outs = views[field.CONVOLVED], views[field.CHANNELS], views[field.OUTPUTS]
+    end, out = begin + channels, pointer(views[field.OUT])
     j = first
     while j < last:
         count = min(WIDTH, last - j)
-        if j < channels:
-            count = min(count, channels - j)
-            _columns(narrow, views, j, count, scratch)
+        if j < begin:
+            count = min(count, begin - j)
+        elif j < end:
+            count = min(count, end - j)
+            _columns(narrow, views, j - begin, count, scratch)
+        convolved, gate = begin <= j and j < end, j < views[field.PLAIN]
         shift = _bias(narrow, views, j, count)
         for r in range(views[field.ROWS]):
             value = read(out, r * outs + j, count) + shift
-            if j < channels:
-                value = _convolve(narrow, views, r, j, count, value, scratch)
-                write(pointer(views[field.U]), r * channels + j, value * sigmoid(value), count)
+            if convolved:
+                value = _convolve(narrow, views, r, j - begin, count, value, scratch)
+            if gate:
+                value = value * sigmoid(value)
+            if convolved:
+                write(pointer(views[field.U]), r * channels + j - begin, value, count)
             else:
-                write(out, r * outs + j, value * sigmoid(value), count)
+                write(out, r * outs + j, value, count)
         j += count
 
 

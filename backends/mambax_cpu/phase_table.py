@@ -1,10 +1,10 @@
 """The table that :mod:`mambax_cpu.phases` works through: one int64 row for each phase.
 
 Addresses are of contiguous arrays, 0 for one that is absent. Values are float32, but for weights, and where
-"narrow" is said: those are in the second precision of the kernel. This module knows no Numba.
+"narrow" is said: those are in the second precision of the kernel. This module loads no LLVM.
 
 Dimensions: B rows (of the batch), M d_model, D d_inner, N d_state, K d_conv, R dt_rank; I inputs and O outputs of a
-product.
+product. Of Mamba-2: H heads, P head_dim, G groups, C channels of the convolution = D + 2 G N.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ NBYTES = 16  # of WEIGHT
 # --- the norm before a product ---
 NORM = 17  # (I,), narrow
 EPSILON = 18  # the bits of a float32
-HIDDEN = 19  # (B, I), what the norm reads; X is what it writes
-# --- mixing: in_proj, whose outputs are x and z; the convolution of x; the gate ---
-CHANNELS = 20  # D
+HIDDEN = 19  # (B, I), what the norm reads; X is what it writes, which may be the same
+PARTS = 37  # of the inputs, each with a mean square of its own
+# --- mixing: in_proj, some of whose outputs go through the convolution, and some are a gate, z ---
+CONVOLVED = 38  # the first output of those that do: 0, or D of Mamba-2
+CHANNELS = 20  # how many do: D, or C
+PLAIN = 39  # the first output that is left as it is; all others are z
 CONV_WIDTH = 21  # K
 CONV = 22  # (D, K), narrow
 CONV_BIAS = 23  # (D,), narrow
 CONV_STATE = 24  # (B, K-1, D), narrow
 NEW_CONV_STATE = 25  # (B, K-1, D), narrow
-U = 26  # (B, D), x after the convolution
+U = 26  # (B, D) or (B, C), after the convolution
 # --- the recurrence: dt_proj, the scan step, the gate; X is what x_proj gives, (B, R + 2 N), and INPUTS is R ---
 DT = 27  # (D, R), narrow
 DT_BIAS = 28  # (D,)
@@ -52,11 +55,17 @@ NEW_STATE = 33  # (B, D, N)
 GATE = 34  # (B, 2 D), of which the second half is silu(z)
 
 FETCHED = 36  # cache lines of the next phase's weights that are fetched along with each channel
+# --- the recurrence of Mamba-2: X is what in_proj gives, (B, O), with silu(z) first and dt last; CHANNELS is C;
+# A_LOG, SKIP and DT_BIAS are (H,), STATE and NEW_STATE (B, H, P, N) ---
+HEADS = 40  # H
+HEAD_DIM = 41  # P
+GROUPS = 42  # G
+LIMITS = 43  # (2,), the least and the largest time step
 
-FIELDS = 37
+FIELDS = 44
 
 PRODUCT, MIX, RECUR = range(3)
-"""Operations."""
+"""Operations; RECUR of the kernels for Mamba-2 is its own."""
 NORMALISE, PREPARE = 1, 2
 """Bits of BEFORE: the norm of HIDDEN to X; X as weights of four bits take it to PREPARED."""
 

@@ -1,77 +1,18 @@
-"""A chain of phases by several threads in one call, in Numba: products of a few rows, and the steps between them.
+"""The kernels for a chain of phases: products of a few rows, and the steps of Mamba-1 between them.
 
-The phases of :mod:`mambax_cpu.phase_table` follow one another; the tasks of one are independent. Each thread that
-enters has a slot, with its share of the tasks of every phase: neighbours, so that the weights it reads lie in one
-piece. A thread that is done with its own takes tasks from the others' shares. So a thread that comes late, or not
-at all, or is held up, costs its speed and nothing else. Which thread does a task changes nothing in the result.
-
-The thread that ends the last task of a phase opens the next one. The memory they share: the number of the open
-phase; how many of its tasks are done; and for each slot the phase and how many tasks of its share are taken,
-in one value, so that nobody who has fallen behind takes a task of another phase.
-
-There is one kernel for each combination of ways of storing weights.
+There is one for each combination of ways of storing weights. How threads share the work says
+:mod:`mambax_cpu.phase_work`.
 """
 
 from __future__ import annotations
 
 from mambax_cpu import phase_table as field
-from mambax_cpu.atomics import add, exchange_if, load_acquire, pause, store_release
 from mambax_cpu.compilation import kernel, spliced
-from mambax_cpu.linear_products import prepare, product
+from mambax_cpu.linear_products import product
 from mambax_cpu.linear_tiles import bfloat16_at, float16_at, int8_at, words_at
-from mambax_cpu.phase_steps import convolve_and_gate, finish_product, normalise, recur
-from mambax_cpu.simd import integers_at, pointer, prefetch
-
-_PATIENCE = 3000
-"""Looks at what the others are doing before a thread gives its processor back: some hundred microseconds."""
-
-_FETCHED = 1024
-"""Cache lines of the next phase's weights that a thread has fetched while it waits, at most."""
-
-_TAKEN = 32
-"""The bit from which on a slot's value holds the phase."""
-
-
-@spliced
-def _open(narrow, table, control, slots, phase):  # pragma: no cover
-    """Do what comes before the tasks of a phase, and let the threads at them."""
-    row = table + 8 * field.FIELDS * phase
-    views = integers_at(row)
-    if views[field.BEFORE] & field.NORMALISE:
-        normalise(narrow, views, pointer(row + 8 * field.EPSILON)[0])
-    if views[field.BEFORE] & field.PREPARE:
-        prepare(views)
-    for slot in range(slots):
-        control[field.LINE * (2 + slot)] = phase << _TAKEN
-    control[field.LINE] = 0
-    store_release(control, 0, phase)
-
-
-@spliced
-def _take(control, phase, tasks, slots, slot):  # pragma: no cover
-    """A task of the phase: of the own share, then of the others'; -1 when all are taken."""
-    for i in range(slots):
-        owner = (slot + i) % slots
-        first, last = tasks * owner // slots, tasks * (owner + 1) // slots
-        place = field.LINE * (2 + owner)
-        while True:
-            value = load_acquire(control, place)
-            task = first + (value & ((1 << _TAKEN) - 1))
-            if value >> _TAKEN != phase or task >= last:
-                break
-            if exchange_if(control, place, value, value + 1):
-                return task
-    return -1
-
-
-@spliced
-def _fetch_next(table, phase, phases, slots, slot, line):  # pragma: no cover
-    """Have a cache line of this slot's weights of the next phase fetched."""
-    if phase + 1 < phases and line < _FETCHED:
-        views = integers_at(table + 8 * field.FIELDS * (phase + 1))
-        share = views[field.NBYTES] // slots
-        if 64 * line < share:
-            prefetch(pointer(views[field.WEIGHT] + share * slot + 64 * line), 0)
+from mambax_cpu.phase_steps import convolve_and_gate, finish_product, recur
+from mambax_cpu.phase_work import work
+from mambax_cpu.simd import pointer
 
 
 @spliced
@@ -90,35 +31,6 @@ def _perform(stored, narrow, views, task, slots, scratch):  # pragma: no cover
         finish_product(narrow, views, first, last)
 
 
-@spliced
-def _work(stored, narrow, table, phases, control, slots, slot, scratch):  # pragma: no cover
-    """The body of the kernels; the type of `stored`, an address, says how weights are stored."""
-    shared, waited = integers_at(control), 0
-    if slot == 0 and load_acquire(shared, 0) < 0:
-        _open(narrow, table, shared, slots, 0)
-    while waited < _PATIENCE:
-        phase = load_acquire(shared, 0)
-        if phase >= phases:
-            return 1
-        views = integers_at(table + 8 * field.FIELDS * max(0, phase))
-        task = -1
-        if phase >= 0:
-            task = _take(shared, phase, views[field.TASKS], slots, slot)
-        if task < 0:
-            _fetch_next(table, phase, phases, slots, slot, waited)
-            pause()
-            waited += 1
-            continue
-        waited = 0
-        _perform(stored, narrow, views, task, slots, scratch)
-        if add(shared, field.LINE, 1) + 1 == views[field.TASKS]:
-            if phase + 1 == phases:
-                store_release(shared, 0, phases)
-            else:
-                _open(narrow, table, shared, slots, phase + 1)
-    return 0
-
-
 @kernel
 def float32(table, phases, control, slots, slot, scratch):  # pragma: no cover
     """Work until all phases are done (1), or until too long nothing could be done (0; then call again).
@@ -133,52 +45,52 @@ def float32(table, phases, control, slots, slot, scratch):  # pragma: no cover
         slot: which of them this is.
         scratch: the address of this slot's own memory, of :func:`mambax_cpu.phase_table.scratch_size`.
     """
-    return _work(pointer(0), pointer(0), table, phases, control, slots, slot, scratch)
+    return work(_perform, pointer(0), pointer(0), table, phases, control, slots, slot, scratch)
 
 
 @kernel
 def bfloat16(table, phases, control, slots, slot, scratch):  # pragma: no cover
     """As :func:`float32`; weights and narrow values are bfloat16."""
-    return _work(bfloat16_at(0), bfloat16_at(0), table, phases, control, slots, slot, scratch)
+    return work(_perform, bfloat16_at(0), bfloat16_at(0), table, phases, control, slots, slot, scratch)
 
 
 @kernel
 def float16(table, phases, control, slots, slot, scratch):  # pragma: no cover
     """As :func:`float32`; weights and narrow values are float16."""
-    return _work(float16_at(0), float16_at(0), table, phases, control, slots, slot, scratch)
+    return work(_perform, float16_at(0), float16_at(0), table, phases, control, slots, slot, scratch)
 
 
 @kernel
 def int8_float32(table, phases, control, slots, slot, scratch):  # pragma: no cover
     """As :func:`float32`; weights are int8, narrow values float32."""
-    return _work(int8_at(0), pointer(0), table, phases, control, slots, slot, scratch)
+    return work(_perform, int8_at(0), pointer(0), table, phases, control, slots, slot, scratch)
 
 
 @kernel
 def int4_float32(table, phases, control, slots, slot, scratch):  # pragma: no cover
     """As :func:`float32`; weights are of four bits (int8 where SECOND is set), narrow values float32."""
-    return _work(words_at(0), pointer(0), table, phases, control, slots, slot, scratch)
+    return work(_perform, words_at(0), pointer(0), table, phases, control, slots, slot, scratch)
 
 
 @kernel
 def int8_bfloat16(table, phases, control, slots, slot, scratch):  # pragma: no cover
     """As :func:`float32`; weights are int8, narrow values bfloat16."""
-    return _work(int8_at(0), bfloat16_at(0), table, phases, control, slots, slot, scratch)
+    return work(_perform, int8_at(0), bfloat16_at(0), table, phases, control, slots, slot, scratch)
 
 
 @kernel
 def int4_bfloat16(table, phases, control, slots, slot, scratch):  # pragma: no cover
     """As :func:`float32`; weights are of four bits (int8 where SECOND is set), narrow values bfloat16."""
-    return _work(words_at(0), bfloat16_at(0), table, phases, control, slots, slot, scratch)
+    return work(_perform, words_at(0), bfloat16_at(0), table, phases, control, slots, slot, scratch)
 
 
 @kernel
 def int8_float16(table, phases, control, slots, slot, scratch):  # pragma: no cover
     """As :func:`float32`; weights are int8, narrow values float16."""
-    return _work(int8_at(0), float16_at(0), table, phases, control, slots, slot, scratch)
+    return work(_perform, int8_at(0), float16_at(0), table, phases, control, slots, slot, scratch)
 
 
 @kernel
 def int4_float16(table, phases, control, slots, slot, scratch):  # pragma: no cover
     """As :func:`float32`; weights are of four bits (int8 where SECOND is set), narrow values float16."""
-    return _work(words_at(0), float16_at(0), table, phases, control, slots, slot, scratch)
+    return work(_perform, words_at(0), float16_at(0), table, phases, control, slots, slot, scratch)

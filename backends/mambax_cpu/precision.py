@@ -1,14 +1,13 @@
 """Vectors of float32, bfloat16 or float16 values in memory, in kernels written once for all three.
 
-What lies at an address is said by its type while Numba compiles, as in :mod:`mambax_cpu.linear_tiles`.
+What lies at an address is said by its type while they are compiled, as in :mod:`mambax_cpu.linear_tiles`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from numba import types
-
+from mambax_cpu import kernel_types as types
 from mambax_cpu.compilation import inlined, intrinsic
 from mambax_cpu.linear_emit import STORED, Emitter
 from mambax_cpu.simd import WIDTH, floats, lanes, splat
@@ -22,6 +21,16 @@ def like(typing_context: Any, base: Any, address: Any) -> Any:
         return builder.inttoptr(args[1], context.get_value_type(base))
 
     return base(base, types.int64), generate
+
+
+@intrinsic
+def number_of(typing_context: Any, base: Any) -> Any:
+    """An address as an int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(args[0], types.int64.llvm)
+
+    return types.int64(base), generate
 
 
 @intrinsic

@@ -5,19 +5,34 @@ Dimensions: B rows, L length, M d_model, D d_inner, N d_state, K d_conv, R dt_ra
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from mambax_cpu import products, prompts
+from mambax_cpu.addresses import array_at
 from mambax_cpu.block import Parameters, State, copied, forward
 from mambax_cpu.chain import Weights
-from mambax_cpu.step import BlockWeights, Sizes, Stack, States
+from mambax_cpu.step import BlockWeights, Sizes, Stack
+from mambax_cpu.stepping import States
 
 _KINDS = ("float32", "int8", "int4")
+_FLOAT32 = np.dtype(np.float32)
 
 
 def supported(stack: Stack) -> bool:
-    """Whether all that is not quantised is float32; narrower weights are for the framework's own products."""
+    """Whether there are kernels: those of :mod:`mambax_cpu.prompts`, or those of :mod:`mambax_cpu.block` where all
+    that is not quantised is float32. Other weights are for the framework's own products."""
     matrices = [matrix for block in stack.blocks for matrix in (block.in_proj, block.x_proj, block.out_proj)]
-    return stack.narrow == "float32" and all(matrix.kind in _KINDS for matrix in matrices)
+    plain = stack.narrow == "float32" and all(matrix.kind in _KINDS for matrix in matrices)
+    return plain or prompts.supported(stack)
+
+
+def chosen(stack: Any) -> Stack | None:
+    """The stack, if it is to be read by :func:`read` on this machine."""
+    if not isinstance(stack, Stack) or not supported(stack):
+        return None
+    return stack if stack.narrow != "float32" or products.is_fast() else None
 
 
 def read(stack: Stack, hidden: np.ndarray, before: States, after: States, threads: int) -> np.ndarray:
@@ -33,6 +48,8 @@ def read(stack: Stack, hidden: np.ndarray, before: States, after: States, thread
     Returns:
         (B, L, M) float32, its own memory.
     """
+    if prompts.supported(stack):
+        return prompts.read(stack, hidden, before, after, threads)
     _, D, N, K, _ = stack.sizes
     batch = len(hidden)
     shapes = (batch, K - 1, D), (batch, D, N)
@@ -73,14 +90,5 @@ def _optional(address: int, count: int) -> np.ndarray | None:
     return _at(address, (count,)) if address else None
 
 
-class _Memory:
-    """What tells NumPy of float32 values at an address."""
-
-    def __init__(self, address: int, shape: tuple[int, ...]) -> None:
-        typestr = np.dtype(np.float32).str
-        self.__array_interface__ = {"data": (address, False), "shape": shape, "typestr": typestr, "version": 3}
-
-
 def _at(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 values at an address, which the caller keeps."""
-    return np.empty(shape, np.float32) if 0 in shape else np.asarray(_Memory(address, shape))
+    return array_at(address, shape, _FLOAT32)

@@ -1,4 +1,4 @@
-"""Matrix products of many rows, out = a b^T + bias in float32, in Numba.
+"""Matrix products of many rows, out = a b^T + bias in float32: the kernels.
 
 The columns of the result are cut into strips. A strip of b is copied into a panel, its values for one inner index
 side by side, where it stays in the second cache while the rows of a go by in tiles: a tile of the result is kept in
@@ -12,19 +12,20 @@ Dimensions: M rows, N columns, K inner.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
 
+from mambax_cpu import kernel_types as types
 from mambax_cpu.compilation import intrinsic, kernel, part
 from mambax_cpu.simd import floats, load, pointer, store
 from mambax_cpu.tiles import BLOCK, EDGE, STRIP, WIDTH
 
 # The tile: 8 x 48 fills the 32 registers of AVX-512, 6 x 16 those of AVX2 (16 of eight) and NEON (32 of four).
-_ROWS, _VECTORS = (8, 3) if binding.get_host_cpu_features().get("avx512f") else (6, 1)
-_HALF = _ROWS // 2
-_COLUMNS = _VECTORS * WIDTH
+ROWS, _VECTORS = (8, 3) if binding.get_host_cpu_features().get("avx512f") else (6, 1)
+HALF = ROWS // 2
+COLUMNS = _VECTORS * WIDTH
 
 _INT64 = ir.IntType(64)
 _LANES = ir.VectorType(ir.FloatType(), WIDTH)
@@ -35,11 +36,11 @@ def _at(builder: Any, base: Any, index: Any) -> Any:
     return builder.bitcast(builder.gep(base, [index]), _LANES.as_pointer())
 
 
-def _tile(rows: int) -> Any:
+def tile(rows: int, multiply_add: Callable[[Any, Any, Any, Any], Any]) -> Any:
     """An intrinsic for a tile of that many rows.
 
     (a, a_row, panel, count, start, start_row, out, out_row): out = start + a panel, where a is (rows, count) with
-    contiguous rows, panel (count, _COLUMNS), and start and out are (rows, _COLUMNS); strides in elements.
+    contiguous rows, panel (count, COLUMNS), and start and out are (rows, COLUMNS); strides in elements.
     """
 
     @intrinsic
@@ -58,12 +59,12 @@ def _tile(rows: int) -> Any:
             builder.position_at_end(loop)
             k = builder.phi(_INT64)
             sums = [[builder.phi(_LANES) for _ in offsets] for _ in range(rows)]
-            row = builder.gep(panel, [builder.mul(k, _INT64(_COLUMNS))])
+            row = builder.gep(panel, [builder.mul(k, _INT64(COLUMNS))])
             b = [builder.load(_at(builder, row, offset), align=4) for offset in offsets]
             last = []
             for line, of_row in zip(lines, sums, strict=True):
                 value = _everywhere(builder, builder.load(builder.gep(line, [k]), align=4))
-                last.append([_multiply_add(builder, value, b[v], of_row[v]) for v in range(_VECTORS)])
+                last.append([multiply_add(builder, value, b[v], of_row[v]) for v in range(_VECTORS)])
             k_next = builder.add(k, _INT64(1))
             k.add_incoming(_INT64(0), before)
             k.add_incoming(k_next, loop)
@@ -109,7 +110,7 @@ def keep_small(module: Any, branch: Any) -> None:
     branch.set_metadata("llvm.loop", loop)
 
 
-_tile_of_all, _tile_of_half, _tile_of_one = _tile(_ROWS), _tile(_HALF), _tile(1)
+tile_of_all, tile_of_half, tile_of_one = (tile(rows, _multiply_add) for rows in (ROWS, HALF, 1))
 
 
 @intrinsic
@@ -139,8 +140,8 @@ def transpose_square(typing_context, source, source_row, target, target_row):
 
 
 @part
-def _pack(b, b_row, b_inner, columns, column, count, panel):  # pragma: no cover
-    """Columns `column` to `column` + _COLUMNS - 1 of b^T, `count` inner indices of them, to a panel.
+def pack(b, b_row, b_inner, columns, column, count, panel):  # pragma: no cover
+    """Columns `column` to `column` + COLUMNS - 1 of b^T, `count` inner indices of them, to a panel.
 
     Beyond the last column the panel holds that one again: what comes of it is never stored.
     """
@@ -152,17 +153,17 @@ def _pack(b, b_row, b_inner, columns, column, count, panel):  # pragma: no cover
             if b_inner == 1:
                 while k + WIDTH <= count:
                     transpose_square(
-                        pointer(b + 4 * (j * b_row + k)), b_row, pointer(here + 4 * k * _COLUMNS), _COLUMNS
+                        pointer(b + 4 * (j * b_row + k)), b_row, pointer(here + 4 * k * COLUMNS), COLUMNS
                     )
                     k += WIDTH
             elif b_row == 1:
                 while k < count:
-                    store(pointer(here + 4 * k * _COLUMNS), 0, load(pointer(b + 4 * (j + k * b_inner)), 0))
+                    store(pointer(here + 4 * k * COLUMNS), 0, load(pointer(b + 4 * (j + k * b_inner)), 0))
                     k += 1
         while k < count:
             for lane in range(WIDTH):
                 place = b + 4 * (min(j + lane, columns - 1) * b_row + k * b_inner)
-                pointer(here)[k * _COLUMNS + lane] = pointer(place)[0]
+                pointer(here)[k * COLUMNS + lane] = pointer(place)[0]
             k += 1
 
 
@@ -195,30 +196,29 @@ def multiply(
         blocks = (inner + BLOCK - 1) // BLOCK
         for block in range(blocks):
             k, count = inner * block // blocks, inner * (block + 1) // blocks - inner * block // blocks
-            for j in range(low, high, _COLUMNS):
-                panel = panels + 4 * (j - low) * count
-                _pack(b + 4 * k * b_inner, b_row, b_inner, columns, j, count, panel)
+            for j in range(low, high, COLUMNS):
+                pack(b + 4 * k * b_inner, b_row, b_inner, columns, j, count, panels + 4 * (j - low) * count)
             i = row
             while i < end:
-                height = _ROWS if i + _ROWS <= end else (_HALF if i + _HALF <= end else 1)
-                for j in range(low, high, _COLUMNS):
+                height = ROWS if i + ROWS <= end else (HALF if i + HALF <= end else 1)
+                for j in range(low, high, COLUMNS):
                     panel, line = pointer(panels + 4 * (j - low) * count), pointer(a + 4 * (i * a_row + k))
                     place, wide = pointer(out + 4 * (i * out_row + j)), columns - j
                     target, target_row = place, out_row
-                    if wide < _COLUMNS:
-                        target, target_row = pointer(edge), _COLUMNS
+                    if wide < COLUMNS:
+                        target, target_row = pointer(edge), COLUMNS
                         if block > 0 or add != 0:
                             _copy(place, out_row, target, target_row, height, wide)
                     start, start_row = target, target_row
                     if block == 0 and add == 0:
                         start, start_row = pointer(biases + 4 * (j - low)), 0
-                    if height == _ROWS:
-                        _tile_of_all(line, a_row, panel, count, start, start_row, target, target_row)
-                    elif height == _HALF:
-                        _tile_of_half(line, a_row, panel, count, start, start_row, target, target_row)
+                    if height == ROWS:
+                        tile_of_all(line, a_row, panel, count, start, start_row, target, target_row)
+                    elif height == HALF:
+                        tile_of_half(line, a_row, panel, count, start, start_row, target, target_row)
                     else:
-                        _tile_of_one(line, a_row, panel, count, start, start_row, target, target_row)
-                    if wide < _COLUMNS:
+                        tile_of_one(line, a_row, panel, count, start, start_row, target, target_row)
+                    if wide < COLUMNS:
                         _copy(target, target_row, place, out_row, height, wide)
                 i += height
 

@@ -1,4 +1,4 @@
-"""The gradient of the selective scan, in Numba.
+"""The gradient of the selective scan: the kernel.
 
 With g the gradient of the output before the gate and G[t] that of the state h[t], backwards in time::
 

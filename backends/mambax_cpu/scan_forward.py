@@ -1,4 +1,4 @@
-"""The selective scan, in Numba.
+"""The selective scan: the kernels.
 
 A task is one row of the batch and sixteen neighbouring channels. It goes through the sequence in tiles of `TILE`
 steps: what depends on the step and the channel alone is prepared for the whole tile, then each state number runs

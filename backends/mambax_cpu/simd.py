@@ -1,54 +1,36 @@
-"""Sixteen float32 lanes as one value in Numba, and the functions of them that a kernel needs.
+"""Sixteen float32 lanes as one value in kernels, and the functions of them that a kernel needs.
 
-Numba alone leaves vectors to LLVM's loop vectoriser, which gives up where pointers might overlap and does not keep
-a recurrent state in registers. Here a :data:`lanes` value is an LLVM ``<16 x float>``: one register of AVX-512, two
-of AVX, four of NEON or SSE. ``+ - * /`` work between two of them.
+LLVM's loop vectoriser gives up where pointers might overlap, and does not keep a recurrent state in registers. Here
+a value of lanes is an LLVM ``<16 x float>``: one register of AVX-512, two of AVX, four of NEON or SSE. ``+ - * /``
+work between two of them.
 
-Functions are written with :class:`_Value`, whose operators emit instructions while Numba compiles: that takes a
-tenth of the time of compiling the same formula as Numba functions. They need no vector math library.
+Functions are written with :class:`_Value`, whose operators emit instructions. They need no vector math library.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import models, register_model
 
-from mambax_cpu.compilation import intrinsic, overload
+from mambax_cpu import kernel_types as types
+from mambax_cpu.compilation import intrinsic
+from mambax_cpu.kernel_types import declared, lanes
 from mambax_cpu.tiles import WIDTH
 
 _FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 _INTEGERS = ir.VectorType(ir.IntType(32), WIDTH)
 
 
-class Lanes(types.Type):
-    """The Numba type of sixteen float32 lanes."""
-
-    def __init__(self) -> None:
-        super().__init__(name="mambax_lanes")
-
-
-lanes = Lanes()
 floats = types.CPointer(types.float32)
-"""The Numba type of an address of float32 values."""
-
-
-@register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _FLOATS)
-
+"""The type of an address of float32 values."""
 
 # --- memory --------------------------------------------------------------------------------------------------
 
 
 def address_of(element: Any) -> Any:
-    """An intrinsic: an int64 address as an address of elements of this Numba type."""
+    """An intrinsic: an int64 address as an address of elements of this type."""
     result = types.CPointer(element)
 
     @intrinsic
@@ -98,7 +80,7 @@ def prefetch(typing_context: Any, base: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        function = declared(builder.module, "llvm.prefetch.p0i8", kind)
         read, keep, data = (ir.Constant(flag, value) for value in (0, 3, 1))
         builder.call(function, [builder.bitcast(builder.gep(args[0], [args[1]]), byte), read, keep, data])
         return context.get_dummy_value()
@@ -163,7 +145,7 @@ class _Value:
     def times_plus(self, factor: _Value | float, term: _Value | float) -> _Value:
         """self factor + term, rounded once where the processor can do that in one instruction."""
         kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fmuladd.v{WIDTH}f32")
+        function = declared(self.builder.module, f"llvm.fmuladd.v{WIDTH}f32", kind)
         args = [self.value, self.like(factor).value, self.like(term).value]
         return _Value(self.builder, self.builder.call(function, args))
 
@@ -176,6 +158,26 @@ class _Value:
         """The smaller of the two per lane; NaN where `other` is NaN."""
         args = (self.value, self.like(other).value)
         return _Value(self.builder, self.builder.select(self.builder.fcmp_ordered("<", *args), *args))
+
+    def rounded(self) -> _Value:
+        """The nearest integer per lane, to even between two; of AVX-512."""
+        return self._call("llvm.nearbyint.v16f32", [_FLOATS], [self.value])
+
+    def times_power(self, exponent: _Value) -> _Value:
+        """self 2^exponent of whole numbers, 0 and infinity beyond the range; of AVX-512."""
+        undefined, every = ir.Constant(_FLOATS, ir.Undefined), ir.Constant(ir.IntType(16), -1)
+        args = [self.value, exponent.value, undefined, every, ir.Constant(ir.IntType(32), 4)]
+        return self._call("llvm.x86.avx512.mask.scalef.ps.512", [arg.type for arg in args], args)
+
+    def reciprocal(self) -> _Value:
+        """1 / self within two units of the last place, for numbers from 1 to 2^126; of AVX-512."""
+        args = [self.value, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(ir.IntType(16), -1)]
+        guess = self._call("llvm.x86.avx512.rcp14.ps.512", [arg.type for arg in args], args)
+        return guess.times_plus(self.like(1.0) - self * guess, guess)  # a step of Newton's
+
+    def _call(self, name: str, kinds: list[Any], args: list[Any]) -> _Value:
+        function = declared(self.builder.module, name, ir.FunctionType(_FLOATS, kinds))
+        return _Value(self.builder, self.builder.call(function, args))
 
     def low_bits_as_power(self) -> _Value:
         """The low 8 bits of each lane moved into the exponent of a float: 2^(bits - 127)."""
@@ -208,24 +210,6 @@ def multiply_add(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
     return lanes(lanes, lanes, lanes), generate
 
-
-def _overload_binary(python_operator: Any) -> None:
-    @intrinsic
-    def emit(typing_context: Any, a: Any, b: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return python_operator(*(_Value(builder, value) for value in args)).value
-
-        return lanes(lanes, lanes), generate
-
-    @overload(python_operator)
-    def implement(a, b):  # Numba wants the two signatures equal to the letter
-        if isinstance(a, Lanes) and isinstance(b, Lanes):
-            return lambda a, b: emit(a, b)
-        return None
-
-
-for _operator in (operator.add, operator.sub, operator.mul, operator.truediv):
-    _overload_binary(_operator)
 
 # --- functions -----------------------------------------------------------------------------------------------
 
@@ -282,5 +266,52 @@ def _sigmoid(x: _Value) -> _Value:
     """1 / (1 + e^-x) per lane."""
     return x.like(1.0) / (_exp(x.like(0.0) - x) + 1.0)
 
+
+# --- for results of the type of an address ---------------------------------------------------------------------
+
+# As _POWER, with a relative error of 3e-6.
+_COARSE_POWER = (0.009582867146694627, 0.055906428929812346, 0.2402409832679317, 0.6931241927620444, 1.0)
+
+
+def _exp2_coarse(x: _Value) -> _Value:
+    """As _exp2, with a relative error of 3e-6; as what follows for results that are rounded to bfloat16, and for
+    processors that multiply those, which have AVX-512."""
+    x = x.like(-200.0).larger(x)  # infinity less infinity would be NaN
+    whole = x.rounded()
+    return _polynomial(x - whole, _COARSE_POWER).times_power(whole)
+
+
+def _softplus_coarse(x: _Value) -> _Value:
+    """As _softplus, with a relative error of 3e-6."""
+    zero = x.like(0.0)
+    e = _exp2_coarse((zero - x).smaller(x) * LOG2_E)
+    s = e * (e + 2.0).reciprocal()
+    return _polynomial(s * s, _ARTANH).times_plus(s, zero.larger(x))
+
+
+def _sigmoid_coarse(x: _Value) -> _Value:
+    """As _sigmoid, with a relative error of 3e-6."""
+    return (_exp2_coarse(x.like(126.0).smaller(x * -LOG2_E)) + 1.0).reciprocal()
+
+
+def _by_kind(formula: Callable[[_Value], _Value], coarse: Callable[[_Value], _Value]) -> Any:
+    """An intrinsic of one value: a formula for results in float32, and another for results to be rounded. Which it
+    is says the type of the first argument, an address of such results."""
+
+    @intrinsic
+    def emit(typing_context: Any, kind: Any, x: Any) -> Any:
+        chosen = formula if kind.dtype == types.float32 else coarse
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return chosen(_Value(builder, args[1])).value
+
+        return lanes(kind, lanes), generate
+
+    return emit
+
+
+exp2_for = _by_kind(_exp2, _exp2_coarse)
+softplus_for = _by_kind(_softplus, _softplus_coarse)
+sigmoid_for = _by_kind(_sigmoid, _sigmoid_coarse)
 
 exp2, exp, softplus, sigmoid = (_unary(formula) for formula in (_exp2, _exp, _softplus, _sigmoid))

@@ -1,4 +1,4 @@
-"""The gradient of the scan of Mamba-2, in Numba.
+"""The gradient of the scan of Mamba-2: the kernels.
 
 Names are those of :mod:`mambax_cpu.ssd_forward`: X = dt x, S[t, s] = C[t] . B[s], h the state before a chunk, d
 the decays and e the last step. With g the gradient of y, G that of the state after the chunk, sums over s <= t::

@@ -1,4 +1,4 @@
-"""What both directions of the scan of Mamba-2 do first with a chunk, in Numba.
+"""What both directions of the scan of Mamba-2 do first with a chunk.
 
 A chunk is what exists of up to `CHUNK` neighbouring positions of one sequence: positions that a mask leaves out are
 skipped, and where a new sequence begins a new chunk does. Rows up to a multiple of `ROWS` are filled with steps of

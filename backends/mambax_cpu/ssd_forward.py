@@ -1,4 +1,4 @@
-"""The scan of Mamba-2, in Numba.
+"""The scan of Mamba-2: the kernels.
 
 A task is one row of the batch and some heads of one group. It goes through the sequence in chunks (see
 :mod:`mambax_cpu.ssd_chunks`); with X = dt x, S[t, s] = C[t] . B[s] and the decays d from step s, or from before

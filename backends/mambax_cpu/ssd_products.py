@@ -1,4 +1,4 @@
-"""Products of small matrices in scratch memory, in Numba: what a chunk of the scan of Mamba-2 consists of.
+"""Products of small matrices in scratch memory: what a chunk of the scan of Mamba-2 consists of.
 
 Here everything is in whole vectors and in the first or second cache, so that nothing is packed, and the left
 factor may be read along either axis: its values are put into all lanes one at a time.
@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
 
+from mambax_cpu import kernel_types as types
 from mambax_cpu.compilation import intrinsic, part
 from mambax_cpu.linear_emit import Emitter
 from mambax_cpu.product_kernels import keep_small, transpose_square

@@ -1,12 +1,12 @@
-"""One step of the scan of Mamba-2, in Numba: every value of the state is read and written once, as it lies.
+"""One step of the scan of Mamba-2: every value of the state is read and written once, as it lies.
 
 Dimensions: B batch, H heads, P head_dim, G groups, N d_state.
 """
 
 from __future__ import annotations
 
-from mambax_cpu.compilation import kernel, part, spliced
-from mambax_cpu.linear_tiles import bfloat16_at, float16_at
+from mambax_cpu.compilation import inlined, kernel, part, spliced
+from mambax_cpu.linear_tiles import bfloat16_at, float16_at, moved
 from mambax_cpu.memory import at, begins, element_at, exists
 from mambax_cpu.precision import read, sums_of_rows, write
 from mambax_cpu.simd import exp2, integers_at, multiply_add, pointer, splat, store
@@ -67,24 +67,39 @@ def _step(
             if views[3 * D] != 0:
                 skip = splat(pointer(views[3 * D])[head])
         before, after = at(views, INITIAL, row, head), at(views, FINAL, row, head)
-        b, c = at(views, B, row, 0), at(views, C, row, 0)
+        b, c = moved(at(views, B, row, 0), group * states), moved(at(views, C, row, 0), group * states)
         for p in range(0, width, WIDTH):
             x = splat(0.0)
             if here:
                 x = read(source, head * width + p, width - p)
-            store(inputs, 0, x * dt)
-            for lane in range(min(WIDTH, width - p)):
-                place = (p + lane) * states
-                total = _channel(
-                    here, goes_on, decay, splat(inputs[lane]), b, c, group, states, before, after, place
-                )
-                store(sums, lane * WIDTH, total)
-            y = multiply_add(x, skip, sums_of_rows(sums))
-            write(out, head * width + p, y if here else splat(0.0), width - p)
+            y = advance(here, goes_on, decay, x * dt, b, c, states, before, after, p, width - p, sums)
+            write(out, head * width + p, multiply_add(x, skip, y) if here else splat(0.0), width - p)
+
+
+@inlined
+def advance(here, goes_on, decay, x, b, c, states, before, after, channel, count, sums):  # pragma: no cover
+    """C . h of up to sixteen channels of a head, `channel` and on, of which there are `count`; h after the step.
+
+    Args:
+        here: whether the position exists; where not, the states stay as they are.
+        goes_on: whether there are states before; they are zero where not.
+        decay: exp(dt A) in every lane.
+        x: dt x, a channel in each lane.
+        b, c: addresses of (N,).
+        before, after: addresses of the states of the head, (P, N).
+        sums: scratch, 17 vectors.
+    """
+    inputs = moved(sums, WIDTH * WIDTH)
+    store(inputs, 0, x)
+    for lane in range(min(WIDTH, count)):
+        place = (channel + lane) * states
+        total = _channel(here, goes_on, decay, splat(inputs[lane]), b, c, states, before, after, place)
+        store(sums, lane * WIDTH, total)
+    return sums_of_rows(sums)
 
 
 @part
-def _channel(here, goes_on, decay, x, b, c, group, states, before, after, place):  # pragma: no cover
+def _channel(here, goes_on, decay, x, b, c, states, before, after, place):  # pragma: no cover
     """The states of one channel after the step, and towards C . h, to be summed over lanes."""
     total = splat(0.0)
     for n in range(0, states, WIDTH):
@@ -92,7 +107,7 @@ def _channel(here, goes_on, decay, x, b, c, group, states, before, after, place)
         if goes_on:
             h = read(before, place + n, states - n)
         if here:
-            h = multiply_add(x, read(b, group * states + n, states - n), h * decay)
-            total = multiply_add(h, read(c, group * states + n, states - n), total)
+            h = multiply_add(x, read(b, n, states - n), h * decay)
+            total = multiply_add(h, read(c, n, states - n), total)
         write(after, place + n, h, states - n)
     return total

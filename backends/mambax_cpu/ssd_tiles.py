@@ -1,4 +1,4 @@
-"""The sizes on which the kernels of the scan of Mamba-2 and their callers agree. Loads no Numba.
+"""The sizes on which the kernels of the scan of Mamba-2 and their callers agree. Loads no LLVM.
 
 Scratch sizes are in float32 values.
 

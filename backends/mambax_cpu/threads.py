@@ -1,9 +1,8 @@
 """Threads that help with the work of kernels: kept, one set for the process, any number of callers at once.
 
-Numba's own parallel layers are either not safe from several Python threads at once, or not after a fork. Kernels
-here release the GIL, so that Python's threads do. Whoever calls does the work; helpers take a share of it. A helper
-that comes late, because it has to be woken or its processor is busy, finds less to do or nothing. So no caller
-waits for a helper that has not begun.
+Kernels release the GIL, so Python's threads will do. Whoever calls does the work; helpers take a share of it. A
+helper that comes late, because it has to be woken or its processor is busy, finds less to do or nothing. So no
+caller waits for a helper that has not begun.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sizes on which kernels and their callers agree: tiles, and what a thread needs for scratch. Loads no Numba.
+"""The sizes on which kernels and their callers agree: tiles, and what a thread needs for scratch.
 
 Scratch sizes are in float32 values.
 
@@ -6,6 +6,8 @@ Dimensions: D channels, N d_state, K width of the convolution or inner index of 
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 WIDTH = 16
 """Lanes of a value of :mod:`mambax_cpu.simd`."""
@@ -69,6 +71,22 @@ EDGE = 8 * STRIP
 def product_scratch(group: int, inner: int) -> int:
     """For strips in groups of that many, and K."""
     return WIDTH + EDGE + group * STRIP * (1 + min(BLOCK, inner))
+
+
+# --- whole prompts -------------------------------------------------------------------------------------------
+
+CONV_STEPS = 4
+"""Steps that the convolution makes at a time."""
+
+
+WIDE, ADDED, NARROW = range(3)
+"""What becomes of the sums of a product: float32, added to float32, or rounded to what is narrow."""
+
+
+def prompt_scratch(states: int, rank: int, products: Iterable[tuple[int, int]]) -> int:
+    """For N, and R in words, and products: the strips of each in a group, and its inputs in words."""
+    recurrence = STRIP * (2 + 3 * SCAN_TILE + 2 * states + rank)
+    return WIDTH + max(recurrence, *(EDGE + group * STRIP * (1 + inputs) for group, inputs in products))
 
 
 # --- RMSNorm -------------------------------------------------------------------------------------------------

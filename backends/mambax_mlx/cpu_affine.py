@@ -11,10 +11,12 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 from mambax_cpu import threads
+from mambax_cpu.compilation import KernelFile
 from mambax_numpy.module import Module
 
-from mambax_mlx import affine_kernels
 from mambax_mlx.host import values
+
+_kernels = KernelFile("mambax_mlx.affine_kernels")
 
 BITS = (4, 8)
 """Numbers of bits for which there are kernels; 2, 3 and 6 are MLX's alone."""
@@ -24,7 +26,7 @@ _SMALL = 1 << 20
 
 
 class Packed(NamedTuple):
-    """A matrix (O, in) as MLX packs it: (O, W) uint32, and scales and biases (O, G) float32."""
+    """A matrix (O, in) as MLX packs it: (O, W) uint32, and scales and biases (O, G) float32; C-contiguous."""
 
     weight: np.ndarray
     scales: np.ndarray
@@ -35,23 +37,31 @@ class Packed(NamedTuple):
 def product(x: np.ndarray, matrix: Packed) -> np.ndarray:
     """x (..., in) times the matrix transposed, (..., O) float32. For few rows: every row reads the weights."""
     weight, scales, biases, bits = matrix
-    rows, words = math.prod(x.shape[:-1]), weight.shape[1]
-    places, sums = affine_kernels.arrange(x.astype(np.float32, copy=False).reshape(rows, -1), words)
-    out = np.empty((rows, len(weight)), np.float32)
+    rows, (outputs, words) = math.prod(x.shape[:-1]), weight.shape
+    places, sums = arranged(x.astype(np.float32, copy=False).reshape(rows, -1), words)
+    out = np.empty((rows, outputs), np.float32)
     shift = (words // scales.shape[1]).bit_length() - 1
-    kernel = affine_kernels.product4 if bits == 4 else affine_kernels.product8
+    kernel = _kernels.product4 if bits == 4 else _kernels.product8
 
     def work(first: int, last: int) -> None:
-        kernel(weight, scales, biases, places, sums, shift, out, first, last)
+        kernel(weight, scales, biases, places, sums, rows, words, shift, out, outputs, first, last)
 
     small = weight.nbytes * rows < _SMALL
-    threads.run(work, len(weight), 1 if small else threads.default_threads())
-    return out.reshape(*x.shape[:-1], len(weight))
+    threads.run(work, outputs, 1 if small else threads.default_threads())
+    return out.reshape(*x.shape[:-1], outputs)
+
+
+def arranged(x: np.ndarray, words: int) -> tuple[np.ndarray, np.ndarray]:
+    """x (R, in) as the kernels take it, (R, V, W) with V weights to a word, and its sum over each word, (R, W)."""
+    by_word = x.reshape(len(x), words, -1)
+    return np.ascontiguousarray(by_word.transpose(0, 2, 1)), np.ascontiguousarray(by_word.sum(2))
 
 
 def packed(weight: mx.array, scales: mx.array, biases: mx.array, bits: int) -> Packed:
-    """The arrays of MLX, in the same memory where their dtype allows it."""
-    return Packed(values(weight), values(scales.astype(mx.float32)), values(biases.astype(mx.float32)), bits)
+    """The arrays of MLX, in the same memory where their dtype and their layout allow it."""
+    arrays = (values(weight), values(scales.astype(mx.float32)), values(biases.astype(mx.float32)))
+    words, factors, offsets = map(np.ascontiguousarray, arrays)
+    return Packed(words, factors, offsets, bits)
 
 
 class AffineLinear(Module):

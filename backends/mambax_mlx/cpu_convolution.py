@@ -12,13 +12,7 @@ from mambax_cpu import convolution as fused
 
 from mambax import convolution
 from mambax_mlx import ops
-from mambax_mlx.host import values
-
-
-def _refuse(*_: Any) -> Any:
-    raise NotImplementedError(
-        "the fused CPU convolution has first gradients in reverse mode only; take others inside mx.compile"
-    )
+from mambax_mlx.host import differentiable_once, values
 
 
 def causal_conv1d(
@@ -56,12 +50,7 @@ def causal_conv1d(
         gradients = fused.backward(given(arrays), values(dy.astype(mx.float32)))._asdict()
         return tuple(mx.array(gradients[name]).astype(a.dtype) for name, a in zip(names, arrays, strict=True))
 
-    forward: Any = mx.custom_function(run)
-    backward: Any = mx.custom_function(gradient)
-    forward.vjp(lambda arrays, dy, _: backward(*arrays, dy))
-    for function in (forward.jvp, backward.jvp, backward.vjp):
-        function(_refuse)
-    y = forward(x, weight, *present.values())
+    y = differentiable_once(run, gradient, "differentiate inside mx.compile")(x, weight, *present.values())
     past = weight.shape[2] - 1
     if mask is None and boundaries is None and x.shape[1] >= past:
         return y, mx.contiguous(x[:, x.shape[1] - past :])  # the slice alone would keep all of x in memory

@@ -1,4 +1,4 @@
-"""The fused CPU kernels of Mamba-2 on MLX arrays in host memory, differentiable. See :mod:`mambax_mlx.cpu_ops`.
+"""The fused CPU kernels of Mamba-2 on MLX arrays in host memory, differentiable. See :mod:`mambax_mlx.cpu_scan`.
 
 Dimensions: B batch, L length, H heads, P head_dim, G groups, N d_state.
 """
@@ -14,30 +14,24 @@ from mambax_cpu import ssd as fused
 
 from mambax import mamba2
 from mambax_mlx import ops
-from mambax_mlx.host import values
+from mambax_mlx.host import differentiable_once, values
 
 _NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 """The arguments that have a gradient, in the order of :class:`mambax_cpu.ssd.Gradients`."""
 
 
-def _refuse(*_: Any) -> Any:
-    raise NotImplementedError(
-        "the fused CPU kernels have first gradients in reverse mode only; take others inside mx.compile"
-    )
-
-
 def ssd(
-    x: mx.array,
-    dt: mx.array,
-    A: mx.array,
-    B: mx.array,
-    C: mx.array,
-    D: mx.array | None = None,
+    x: mx.array,  # (B, L, H, P)
+    dt: mx.array,  # (B, L, H)
+    A: mx.array,  # (H,)
+    B: mx.array,  # (B, L, G, N)
+    C: mx.array,  # (B, L, G, N)
+    D: mx.array | None = None,  # (H,)
     *,
-    dt_bias: mx.array | None = None,
-    initial_state: mx.array | None = None,
-    mask: mx.array | None = None,
-    boundaries: mx.array | None = None,
+    dt_bias: mx.array | None = None,  # (H,)
+    initial_state: mx.array | None = None,  # (B, H, P, N)
+    mask: mx.array | None = None,  # (B, L) bool
+    boundaries: mx.array | None = None,  # (B, L) bool
     **options: Any,
 ) -> tuple[mx.array, mx.array]:
     """:func:`mambax.ssd.ssd` by the fused kernels, differentiable (once).
@@ -65,16 +59,11 @@ def ssd(
         gradients = fused.backward(arguments, saved, values(dy), values(dfinal))._asdict()
         return tuple(mx.array(gradients[name]).astype(a.dtype) for name, a in zip(present, arrays, strict=True))
 
-    differentiable: Any = mx.custom_function(run)
-    differentiable_once: Any = mx.custom_function(gradient)
-    differentiable.vjp(lambda arrays, cotangents, _: differentiable_once(*arrays, *cotangents))
-    for function in (differentiable.jvp, differentiable_once.jvp, differentiable_once.vjp):
-        function(_refuse)
-    return differentiable(*(named[name] for name in present))
+    return differentiable_once(run, gradient, "differentiate inside mx.compile")(*(named[name] for name in present))
 
 
 def gated_rms_norm(y: mx.array, z: mx.array, weight: mx.array, groups: int, eps: float) -> mx.array:
-    """:func:`mambax.mamba2.gated_rms_norm`, the gate first; its gradient by MLX's own operations."""
+    """:func:`mambax.mamba2.gated_rms_norm`, the gate first; its derivatives by MLX's own operations."""
 
     def plain(y: mx.array, z: mx.array, weight: mx.array) -> mx.array:
         return mamba2.gated_rms_norm(ops, y, z, weight, groups, eps)
@@ -83,7 +72,11 @@ def gated_rms_norm(y: mx.array, z: mx.array, weight: mx.array, groups: int, eps:
         out = gated_norm.gated_rms_norm(values(y), values(z), values(weight), groups, eps)
         return mx.array(out).astype(weight.dtype)
 
+    def tangent(arrays: Any, tangents: Any) -> mx.array:
+        known = [mx.zeros_like(a) if t is None else t for a, t in zip(arrays, tangents, strict=True)]
+        return mx.jvp(plain, list(arrays), known)[1][0]
+
     differentiable: Any = mx.custom_function(run)
     differentiable.vjp(lambda arrays, dy, _: mx.vjp(plain, list(arrays), [dy])[1])
-    differentiable.jvp(_refuse)
+    differentiable.jvp(tangent)
     return differentiable(y, z, weight)

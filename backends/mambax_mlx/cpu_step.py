@@ -1,10 +1,10 @@
-"""One token through a stack of Mamba-1 blocks on the CPU, where no gradient is wanted: all of it in NumPy.
+"""One token through a stack of blocks of Mamba-1 or Mamba-2 on the CPU, where no gradient is wanted: in NumPy.
 
 Between two operations MLX hands work to its own thread and waits for it, which for one token takes longer than
 many of the operations. So the blocks are NumPy's, over the memory of MLX's weights: its fused step of the whole
 stack for weights of floats, its blocks one after another for quantised ones.
 
-Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
+Dimensions: B batch, M d_model.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class _Twin(NamedTuple):
     Attributes:
         blocks: NumPy's, or None where there are none that compute the same.
         modules: all modules of MLX's blocks.
+        settings: what users set on them.
         addresses: of all their arrays.
         arrays: the arrays, so that no other can take their memory.
     """
 
     blocks: list[Any] | None
     modules: list[Any]
+    settings: list[Any]
     addresses: list[int]
     arrays: list[mx.array]
 
@@ -50,7 +52,7 @@ class _Twin(NamedTuple):
 def cpu_step(
     layers: Sequence[Any], hidden: mx.array, states: Sequence[Any]
 ) -> tuple[mx.array, tuple[Any, ...]] | None:
-    """hidden (B, 1, M) through the blocks; None where a gradient may be wanted or not all are plain Mamba-1."""
+    """hidden (B, 1, M) through the blocks; None where a gradient may be wanted or not all are plain Mamba."""
     if not (host.no_gradients() and products.by_numpy()):
         return None
     if not host.computable(hidden, *(array for state in states for array in state)):
@@ -62,14 +64,23 @@ def cpu_step(
 
     given = host.values(hidden)
     before = [LayerState(*map(host.values, state)) for state in states]
-    stepped = decode_step(blocks, given, before)
-    if stepped is None:
-        after = []
-        for block, state in zip(blocks, before, strict=True):
-            given, state = block(given, state)
-            after.append(state)
-        stepped = given, tuple(after)
-    return _array(stepped[0]), tuple(LayerState(*map(_array, state)) for state in stepped[1])
+    written: list[mx.array] = []
+
+    def room(count: int, shape: tuple[int, ...]) -> list[np.ndarray]:
+        """Memory of arrays of MLX's, which nobody else has yet."""
+        written.extend(mx.zeros(shape) for _ in range(count))
+        mx.eval(written)
+        return [host.values(array) for array in written]
+
+    stepped = decode_step(blocks, given, before, room)
+    if stepped is not None:
+        after = tuple(LayerState(_array(s.conv), ssm) for s, ssm in zip(stepped[1], written, strict=True))
+        return _array(stepped[0]), after
+    after = []
+    for block, state in zip(blocks, before, strict=True):
+        given, state = block(given, state)
+        after.append(LayerState(*map(_array, state)))
+    return _array(given), tuple(after)
 
 
 def _array(x: np.ndarray) -> mx.array:
@@ -83,21 +94,22 @@ def _twin(layers: Sequence[Any]) -> _Twin:
     arrays = [module[name] for module, name in places]
     mx.eval(arrays)
     addresses = [np.frombuffer(memoryview(array), np.uint8).__array_interface__["data"][0] for array in arrays]
-    found = vars(layers[0]).get("_twin")
-    if found is None or found.addresses != addresses or not same(found.modules, modules):
+    found, settings = vars(layers[0]).get("_twin"), _settings(layers)
+    unchanged = found is not None and found.addresses == addresses and same(found.modules, modules)
+    if found is None or not unchanged or not same(found.settings, settings):
         blocks = [_block(layer) for layer in layers] if all(map(_is_plain, layers)) else None
         kept = [mx.stop_gradient(array) for array in arrays]  # which a change in place does not reach
         mx.eval(kept)
-        found = _Twin(blocks, modules, addresses, kept)
+        found = _Twin(blocks, modules, settings, addresses, kept)
         object.__setattr__(layers[0], "_twin", found)
     return found
 
 
 def _is_plain(layer: Any) -> bool:
     """Whether a block consists of the classes of this backend alone, and of nothing that was set beside them."""
-    from mambax_mlx.models import Block, MambaMixer
+    from mambax_mlx.models import Block, Mamba2Mixer, MambaMixer
 
-    if type(layer) is not Block or type(layer.mixer) is not MambaMixer:
+    if type(layer) is not Block or type(layer.mixer) not in (MambaMixer, Mamba2Mixer):
         return False
     modules = walk([layer])[0]
     quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
@@ -112,10 +124,14 @@ def _block(layer: Any) -> Any:
     """NumPy's block over the arrays of one of MLX's."""
     from mambax_numpy import models, module
 
-    block = models.Block(layer.mixer.config, layer.mixer.layer_idx, init=Initializer(None))
-    block.residual_in_fp32 = layer.residual_in_fp32
-    values = {}
-    for name, part in (("norm", layer.norm), *layer.mixer.items()):
+    config, number = layer.mixer.config, layer.mixer.layer_idx
+    mixer_cls = getattr(models, type(layer.mixer).__name__)
+    block = models.Block(config, number, mixer_cls=mixer_cls, init=Initializer(None))
+    for ours, theirs in ((block, layer), (block.norm, layer.norm), (block.mixer, layer.mixer)):
+        for name in vars(ours).keys() & _own_settings(theirs).keys():
+            setattr(ours, name, getattr(theirs, name))
+    values = {f"norm.{key}": host.values(array) for key, array in layer.norm.items()}
+    for name, part in layer.mixer.items():
         if isinstance(part, mx.array):
             setattr(block.mixer, name, host.values(part))
         elif isinstance(part, QuantizedLinear):
@@ -125,7 +141,17 @@ def _block(layer: Any) -> Any:
             linear = cpu_affine.AffineLinear(matrix, None if bias is None else host.values(bias))
             setattr(block.mixer, name, linear)
         else:
-            prefix = "norm" if name == "norm" else f"mixer.{name}"
-            values |= {f"{prefix}.{key}": host.values(array) for key, array in part.items()}
+            values |= {f"mixer.{name}.{key}": host.values(array) for key, array in part.items()}
     module.set_parameters(block, values)
     return block
+
+
+def _settings(layers: Sequence[Any]) -> list[Any]:
+    """What users set on blocks, beside modules and arrays."""
+    modules = [module for layer in layers for module in (layer, layer.get("norm"), layer.get("mixer"))]
+    return [value for module in modules if module is not None for value in _own_settings(module).values()]
+
+
+def _own_settings(module: Any) -> dict[str, Any]:
+    """Of one module: MLX keeps modules and arrays elsewhere."""
+    return {name: value for name, value in vars(module).items() if name[0] != "_"}

@@ -67,6 +67,8 @@ def by_choice(
         for product, (start, stop) in zip(experts, places, strict=True)
         if start < stop
     ]
+    if not pieces:  # there are no tokens
+        return mx.zeros_like(x)
     return _summed(mx.concatenate(pieces)[mx.array(np.argsort(order))], ratings)
 
 

@@ -35,9 +35,9 @@ def selective_scan(
         algorithm = _automatic(u, A, delta, *args, *options.values())
     scan.choose(algorithm, "", scan_implementations())
     if algorithm == "cpu":
-        from mambax_mlx import cpu_ops
+        from mambax_mlx import cpu_scan
 
-        return cpu_ops.selective_scan(u, delta, A, *args, **options)
+        return cpu_scan.selective_scan(u, delta, A, *args, **options)
     if algorithm in launch.DIALECTS:
         from mambax_mlx.kernels import scan as on_gpu
 

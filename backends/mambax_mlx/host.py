@@ -7,7 +7,7 @@ there its own operations have to do. Gradients go through: such a function is an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -55,6 +55,39 @@ def values(x: mx.array) -> np.ndarray:
     if x.dtype == mx.bfloat16:
         return np.array(x.view(mx.uint16), copy=False).view(ml_dtypes.bfloat16)
     return np.array(x, copy=False)
+
+
+def differentiable_once(
+    run: Callable[..., Any],
+    gradient: Callable[..., Sequence[mx.array]],
+    otherwise: str,
+    *,
+    what: str = "the fused CPU kernels",
+) -> Callable[..., Any]:
+    """A function of arrays whose values are had on the way, and so are constants to MLX, with first gradients.
+
+    Args:
+        run: arrays to an array, or to several.
+        gradient: the same arrays, and for each result its cotangent, to the gradient of each array.
+        otherwise: what to do for derivatives of other kinds, which raise a NotImplementedError that says so.
+        what: the function, for that message.
+    """
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"{what}: first gradients in reverse mode are all there is; for others {otherwise}"
+        )
+
+    forward: Any = mx.custom_function(run)
+    backward: Any = mx.custom_function(gradient)
+
+    @forward.vjp
+    def _(arrays: Any, cotangents: Any, results: Any) -> Any:
+        return backward(*arrays, *(cotangents if isinstance(cotangents, (list, tuple)) else [cotangents]))
+
+    for function in (forward.jvp, backward.jvp, backward.vjp):
+        function(refuse)
+    return forward
 
 
 def exp(x: mx.array) -> mx.array:

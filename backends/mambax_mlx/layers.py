@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -82,6 +83,13 @@ def _format_of(layer: Any) -> dict[str, Any]:
     return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
 
 
+def _looked_up(table: Callable[[mx.array], mx.array], ids: mx.array, count: int) -> mx.array:
+    """The vectors of ids (...), (..., D); of ids outside of ``count`` rows, NaN."""
+    valid = (ids >= 0) & (ids < count)
+    rows = table(mx.where(valid, ids, 0))
+    return mx.where(valid[..., None], rows, mx.array(float("nan"), rows.dtype))
+
+
 class Embedding(mlx.nn.Embedding):
     """A table (V, D) of vectors. An id outside it gives NaN, where MLX by itself would read some other row.
 
@@ -94,9 +102,7 @@ class Embedding(mlx.nn.Embedding):
         self.weight = Parameter(weight)
 
     def __call__(self, ids: mx.array) -> mx.array:
-        valid = (ids >= 0) & (ids < self.weight.shape[0])
-        rows = super().__call__(mx.where(valid, ids, 0))
-        return mx.where(valid[..., None], rows, mx.array(float("nan"), rows.dtype))
+        return _looked_up(super().__call__, ids, self.weight.shape[0])
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x (..., D) to scores (..., V): the table as the weight of a tied head."""
@@ -130,9 +136,7 @@ class QuantizedEmbedding(mlx.nn.QuantizedEmbedding):
         self.freeze()
 
     def __call__(self, ids: mx.array) -> mx.array:
-        valid = (ids >= 0) & (ids < self.num_embeddings)
-        rows = super().__call__(mx.where(valid, ids, 0))
-        return mx.where(valid[..., None], rows, mx.array(float("nan"), rows.dtype))
+        return _looked_up(super().__call__, ids, self.num_embeddings)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x (..., D) to scores (..., V): the table as the weight of a tied head."""

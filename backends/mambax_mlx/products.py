@@ -2,7 +2,7 @@
 
 The wheels of MLX for Linux come with the reference BLAS: 650 ms for the product of (512, 768) and (768, 3072) on
 one core of Zen 5, where NumPy's BLAS takes 22; its product with weights of 4 bits takes 1.8 ms for one row, the
-kernels of :mod:`mambax_mlx.cpu_affine` 0.3. On macOS MLX uses Accelerate, and products of floats stay with it.
+kernels of :mod:`mambax_mlx.cpu_affine` 0.07. On macOS MLX uses Accelerate, and products of floats stay with it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def _product_gradient(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, mx.
 
 @_product.jvp
 def _product_tangent(primals: Any, tangents: Any) -> mx.array:
-    (x, weight), (dx, dweight) = primals, tangents
-    return product(dx, weight) + product(x, dweight)
+    (x, weight), (dx, dweight) = primals, tangents  # None of what does not vary
+    parts = [] if dx is None else [product(dx, weight)]
+    parts += [] if dweight is None else [product(x, dweight)]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def quantized_product(
@@ -99,6 +101,11 @@ def _quantized(x: mx.array, weight: mx.array, scales: mx.array, biases: Any, for
     def dequantized() -> mx.array:
         return mx.dequantize(weight, scales.astype(mx.float32), biases.astype(mx.float32), **format_)
 
+    def tangent(_: Any, dx: Any) -> mx.array:
+        (dx,) = dx if isinstance(dx, (list, tuple)) else (dx,)
+        return product(dx, dequantized()).astype(dx.dtype)
+
     function: Any = mx.custom_function(multiply)
     function.vjp(lambda x, dy, _: product(dy.astype(mx.float32), dequantized().T).astype(x.dtype))
+    function.jvp(tangent)
     return function(x)

@@ -16,6 +16,7 @@ import mlx.nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mambax_mlx import ops
+from mambax_mlx.host import computable, differentiable_once
 
 Arrays = list[mx.array]
 
@@ -36,9 +37,9 @@ def recomputed(module: mlx.nn.Module) -> Callable[..., Any]:
                 outputs[:] = [module(*_filled(args, iter(flat[len(names) :])))]
             return _leaves(outputs[0])
 
-        def backward(primals: Any, cotangents: Any, results: Any) -> Arrays:
+        def backward(primals: Any, cotangents: Any, _: Any) -> Arrays:
             primals, cotangents = _after(_list(primals), _list(cotangents)), _list(cotangents)
-            gradients = _gradients(run, primals, cotangents, _list(results))
+            gradients = _gradients(run, primals, cotangents)
             return _with_zeros(primals, gradients)
 
         unit: Any = mx.custom_function(lambda *flat: run(*_after(list(flat), list(flat))))
@@ -52,7 +53,12 @@ def recomputed(module: mlx.nn.Module) -> Callable[..., Any]:
 def summed_over_chunks(
     module: mlx.nn.Module, function: Callable[..., tuple[mx.array, ...]], arrays: Sequence[mx.array], rows: int
 ) -> tuple[mx.array, ...]:
-    """The sum of ``function(*chunk)`` over chunks of rows, one chunk in memory at a time, in both directions."""
+    """The sum of ``function(*chunk)`` over chunks of rows, one chunk in memory at a time, in both directions.
+
+    Raises:
+        ValueError: for arrays without rows.
+        NotImplementedError: for second derivatives and those in forward mode.
+    """
     names, weights = _trainable(module)
     count = arrays[0].shape[0]
     if count == 0:
@@ -74,14 +80,16 @@ def summed_over_chunks(
             totals = _settled([a + b for a, b in zip(totals, parts, strict=True)] if totals else parts)
         return totals
 
-    def backward(primals: Any, cotangents: Any, results: Any) -> Arrays:
-        primals, cotangents = _after(_list(primals), _list(cotangents)), _list(cotangents)
-        held, arrays = primals[: len(names)], primals[len(names) :]
+    def backward(*primals_and_cotangents: mx.array) -> Arrays:
+        both = list(primals_and_cotangents)
+        primals, cotangents = both[: len(weights) + len(arrays)], both[len(weights) + len(arrays) :]
+        primals = _after(primals, cotangents)
+        held, given = primals[: len(names)], primals[len(names) :]
         of_weights: Arrays = []
         of_chunks: list[Arrays] = []
-        for chunk in chunks(arrays):
+        for chunk in chunks(given):
             chunk = _after(chunk, of_weights + (of_chunks[-1] if of_chunks else []))
-            found = _gradients(part, [*held, *chunk], cotangents, _list(results))
+            found = _gradients(part, [*held, *chunk], cotangents)
             found = _with_zeros([*held, *chunk], found)
             new, of_chunk = found[: len(names)], found[len(names) :]
             of_weights = [a + b for a, b in zip(of_weights, new, strict=True)] if of_weights else new
@@ -90,8 +98,9 @@ def summed_over_chunks(
             of_chunks.append(settled[len(names) :])
         return of_weights + [mx.concatenate(list(parts), 0) for parts in zip(*of_chunks, strict=True)]
 
-    unit: Any = mx.custom_function(forward)
-    unit.vjp(backward)
+    unit = differentiable_once(
+        forward, backward, "compute the loss from the logits", what="a sum over chunks, as a loss without logits is"
+    )
     return tuple(_list(unit(*weights, *arrays)))
 
 
@@ -113,12 +122,10 @@ def _holding(module: mlx.nn.Module, names: Sequence[str], arrays: Sequence[mx.ar
             module.update(tree_unflatten(list(zip(names, before, strict=True))))
 
 
-def _gradients(
-    function: Callable[..., Arrays], primals: Arrays, cotangents: Arrays, results: Arrays
-) -> list[mx.array | None]:
+def _gradients(function: Callable[..., Arrays], primals: Arrays, cotangents: Arrays) -> list[mx.array | None]:
     """The gradient of each primal that is of floats; of the others None. All are there at once or none is."""
     places = [i for i, x in enumerate(primals) if _is_float(x)]
-    wanted = [i for i, x in enumerate(results) if _is_float(x)]
+    wanted = [i for i, x in enumerate(cotangents) if _is_float(x)]  # whose dtypes are those of the results
 
     def of_floats(*floats: mx.array) -> Arrays:
         full = list(primals)
@@ -149,13 +156,7 @@ def _settled(arrays: Arrays) -> Arrays:
     There, MLX takes memory for operations long before it runs them, in whatever order. A GPU's command buffers are
     bounded. Inside ``mx.compile``, which decides for itself, nothing may be computed.
     """
-    if ops.devices()[0] != "cpu":
-        return arrays
-    try:
-        mx.eval(arrays)
-    except ValueError:  # what MLX raises inside mx.compile
-        return arrays
-    return [ops.from_numpy(ops.to_numpy(x)) for x in arrays]
+    return [ops.from_numpy(ops.to_numpy(x)) for x in arrays] if computable(*arrays) else arrays
 
 
 def _is_float(x: mx.array) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 import mambax_cpu
 import numpy as np
 
-from mambax import mamba2, scan
+from mambax import mamba2
 from mambax import ssd as duality
 from mambax_numpy import ops
+from mambax_numpy.fused import chosen
 
 
 def ssd_implementations() -> Mapping[str, str]:
@@ -20,10 +21,7 @@ def ssd_implementations() -> Mapping[str, str]:
 
 def ssd(x: np.ndarray, *args: Any, impl: str = "auto", **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """:func:`mambax.ssd.ssd`; unless named otherwise by the fused kernels up to float32, else sequential."""
-    exact = x.dtype == np.float64
-    reason = "it computes in float32 and the arrays are float64; use 'sequential'" if exact else ""
-    available = {**dict.fromkeys(duality.ALGORITHMS, ""), "cpu": reason}
-    algorithm = scan.choose(impl, "sequential" if exact else "cpu", available)
+    algorithm = chosen(impl, x, duality.ALGORITHMS)
     if algorithm == "cpu":
         from mambax_cpu import ssd as fused
 

@@ -24,5 +24,7 @@ def mixture(
         for product, (start, stop) in zip(products, places, strict=True)
         if start < stop
     ]
+    if not pieces:  # there are no tokens
+        return np.zeros_like(x)
     done = np.concatenate(pieces)[np.argsort(order)].reshape(tokens, count, -1)  # (T, K, M)
     return (done * ratings[..., None]).sum(1)

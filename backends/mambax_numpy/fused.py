@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mambax_cpu
@@ -17,12 +17,20 @@ def scan_implementations() -> Mapping[str, str]:
     return {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": mambax_cpu.missing()}
 
 
+def chosen(impl: str, x: np.ndarray, algorithms: Iterable[str]) -> str:
+    """The implementation of a scan over x: unless named otherwise the fused kernels, and in float64 sequential.
+
+    Raises:
+        ValueError: for an unknown name, and for ``cpu`` in float64.
+    """
+    exact = x.dtype == np.float64
+    reason = "it computes in float32 and the arrays are float64; use 'sequential'" if exact else ""
+    return scan.choose(impl, "sequential" if exact else "cpu", {**dict.fromkeys(algorithms, ""), "cpu": reason})
+
+
 def selective_scan(u: np.ndarray, *args: Any, impl: str = "auto", **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """The selective scan; unless named otherwise by the fused kernels up to float32, else sequential."""
-    exact = u.dtype == np.float64
-    reason = "it computes in float32 and the arrays are float64; use 'sequential'" if exact else ""
-    available = {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": reason}
-    algorithm = scan.choose(impl, "sequential" if exact else "cpu", available)
+    algorithm = chosen(impl, u, scan.ALGORITHMS)
     if algorithm == "cpu":
         from mambax_cpu import scan as fused
 

@@ -1,14 +1,15 @@
-"""One token through a stack of blocks by the fused CPU kernels, where that means the same as calling the blocks.
+"""Tokens through a stack of blocks by the fused CPU kernels, where that means the same as calling the blocks: one
+for each row, or many.
 
 A stack is examined once. What was found holds until an attribute of any module changes, which
 :mod:`mambax_numpy.module` notices.
 
-Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
+Dimensions: B batch, L length, M d_model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -26,13 +27,15 @@ from mambax_numpy.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from mambax_cpu.chain import Weights
+    from mambax_cpu.mamba2_step import Mamba2Stack
     from mambax_cpu.stacks import Classes
-    from mambax_cpu.step import Sizes, Stack, States
+    from mambax_cpu.step import Stack
+    from mambax_cpu.stepping import States
 
 _FLOAT32 = np.dtype(np.float32)
 _NARROW = (_FLOAT32, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
-_OWN = ("mambax.blocks", "mambax_numpy.layers", "mambax_numpy.quantized")
+_OWN = ("mambax.blocks", "mambax.mamba2", "mambax_numpy.layers", "mambax_numpy.quantized")
 """Where the definitions are that the kernels compute; a patched class has its ``forward`` from elsewhere."""
 
 
@@ -53,7 +56,7 @@ class _Examined:
 
     stamp: object
     layers: list[int]
-    stack: Stack | None
+    stack: Stack | Mamba2Stack | None
     narrow: np.dtype
     wide: bool
     forwards: list[Any]
@@ -66,45 +69,53 @@ class _Examined:
         return same and all(map(is_, self.forwards, _classes().forwards()))
 
 
-def decode_step(
-    layers: Sequence[Any], hidden: np.ndarray, states: Sequence[LayerState]
-) -> tuple[np.ndarray, tuple[LayerState, ...]] | None:
-    """See :meth:`mambax.backend.Backend.decode_step`."""
-    batch, length, _ = hidden.shape
-    if length != 1 or not len(layers) or hidden.dtype not in _NARROW:
-        return None
-    from mambax_cpu import linear, step, threads
+Room = Callable[[int, tuple[int, ...]], Sequence[np.ndarray]]
+"""Of a number of layers and a shape, so many contiguous float32 arrays to write to."""
 
-    if batch > linear.FEW_ROWS:
+
+def decode_step(
+    layers: Sequence[Any], hidden: np.ndarray, states: Sequence[LayerState], room: Room | None = None
+) -> tuple[np.ndarray, tuple[LayerState, ...]] | None:
+    """See :meth:`mambax.backend.Backend.decode_step`. ``room`` is for the recurrence's states after one token."""
+    batch, length, _ = hidden.shape
+    if not len(layers) or hidden.dtype not in _NARROW or (room is not None and length > 1):
+        return None
+    from mambax_cpu import linear, prefill, stepping, threads
+
+    few = batch * length <= linear.FEW_ROWS
+    if few != (length == 1):  # of a few tokens in a row, and of very many rows, the blocks are as fast
         return None
     examined = _examine(layers)
     stack = examined.stack
-    if stack is None:
+    many = prefill.chosen(stack) if length > 1 else None
+    if stack is None or (length > 1 and many is None):
         return None
-    before = _found(states, examined, batch, stack.sizes)
+    shapes = stack.state_shapes(batch)
+    before = _found(states, examined, shapes)
     if before is None:
         return None
-    _, D, N, K, _ = stack.sizes
-    conv = np.empty((len(layers), batch, K - 1, D), examined.narrow)
-    ssm = np.empty((len(layers), batch, D, N), np.float32)
-    places = step.States(_places(conv), _places(ssm))
-    out = stack.advance(hidden[:, 0], before, places, threads.default_threads())
+    conv = np.empty((len(layers), *shapes[0]), examined.narrow)
+    ssm: Any = (stack.memory.take if room is None else room)(len(layers), shapes[1])
+    places = stepping.States(*map(_places, (conv, ssm)))
+    if many is None:
+        out = stack.advance(hidden[:, 0], before, places, threads.default_threads())[:, None]
+    else:
+        out = prefill.read(many, hidden, before, places, threads.default_threads())
     after = tuple(map(LayerState, conv, ssm))
     examined.latest = list(map(ref, chain.from_iterable(after))), places
-    return out.astype(_FLOAT32 if examined.wide else hidden.dtype, copy=False)[:, None], after
+    return out.astype(_FLOAT32 if examined.wide else hidden.dtype, copy=False), after
 
 
-def _found(states: Sequence[LayerState], examined: _Examined, batch: int, sizes: Sizes) -> States | None:
-    """Where states lie; None when one of them is not as the kernels take it."""
-    from mambax_cpu.step import States
+def _found(states: Sequence[LayerState], examined: _Examined, shapes: Sequence[tuple[int, ...]]) -> States | None:
+    """Where states lie; None when one of them is not as the kernels take it: of these two shapes, contiguous."""
+    from mambax_cpu.stepping import States
 
     arrays = list(chain.from_iterable(states))
     references, places = examined.latest
     if len(arrays) == len(references) and all(map(is_, arrays, [reference() for reference in references])):
         return places
-    _, D, N, K, _ = sizes
-    convs = _addresses(arrays[0::2], (batch, K - 1, D), examined.narrow)
-    ssms = _addresses(arrays[1::2], (batch, D, N), _FLOAT32)
+    convs = _addresses(arrays[0::2], shapes[0], examined.narrow)
+    ssms = _addresses(arrays[1::2], shapes[1], _FLOAT32)
     return None if convs is None or ssms is None else States(convs, ssms)
 
 
@@ -118,8 +129,10 @@ def _addresses(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: np.dtype
     return found
 
 
-def _places(arrays: np.ndarray) -> np.ndarray:
-    """Where the parts of an array along its first axis lie."""
+def _places(arrays: np.ndarray | Sequence[np.ndarray]) -> np.ndarray | list[int]:
+    """Where arrays lie, or the parts of one along its first axis."""
+    if not isinstance(arrays, np.ndarray):
+        return [array.__array_interface__["data"][0] for array in arrays]
     return arrays.__array_interface__["data"][0] + np.arange(len(arrays)) * arrays.strides[0]
 
 
@@ -147,9 +160,9 @@ def _examine(layers: Sequence[Any]) -> _Examined:
 def _classes() -> Classes:
     from mambax_cpu.stacks import Classes
 
-    from mambax_numpy.models import Block, MambaMixer
+    from mambax_numpy.models import Block, Mamba2Mixer, MambaMixer
 
-    return Classes(Block, MambaMixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear)
+    return Classes(Block, MambaMixer, Mamba2Mixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear)
 
 
 class _Given:

@@ -1,112 +1,51 @@
-"""The fused CPU convolution as a PyTorch operator: ``mambax::cpu_causal_conv1d``. See :mod:`mambax_torch.cpu_ops`.
+"""The fused CPU convolution as a PyTorch operator: ``mambax::cpu_causal_conv1d``.
 
 Dimensions: B batch, L length, D channels, K width of the convolution.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from mambax_cpu import convolution
 from torch import Tensor
 
-from mambax_torch.cpu_ops import array, like, may_call_directly, room_like, shared
+from mambax_torch import ops
+from mambax_torch.cpu_ops import array, shared, tensors
+from mambax_torch.operands import ConvOperands
+from mambax_torch.operators import differentiable_once
 
 
-def _arguments(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-    narrow: bool = True,
-) -> convolution.Arguments:
+def _arguments(given: ConvOperands, narrow: bool = True) -> convolution.Arguments:
     """The arguments for the kernels, of which the backward one takes no `narrow` x."""
     keep = shared if narrow else array
     return convolution.arguments(
-        keep(x),
-        *map(array, (weight, bias)),
-        initial_state=keep(initial_state),
-        mask=array(mask),
-        boundaries=array(boundaries),
-        activation=activation,
+        keep(given.x),
+        *map(array, (given.weight, given.bias)),
+        initial_state=keep(given.initial_state),
+        mask=array(given.mask),
+        boundaries=array(given.boundaries),
+        activation=given.activation,
     )
 
 
-@torch.library.custom_op("mambax::cpu_causal_conv1d", mutates_args=(), device_types="cpu")
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    """y (B, L, D)."""
-    given = _arguments(x, weight, bias, initial_state, mask, boundaries, activation)
-    return like(convolution.forward(given, threads=torch.get_num_threads()), x)
+def _forward(given: ConvOperands) -> Tensor:
+    y = convolution.forward(_arguments(given), threads=torch.get_num_threads())
+    return ops.from_numpy(y).to(given.x.dtype)
 
 
-@_conv.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    return x.new_empty(x.shape)
+def _backward(given: ConvOperands, dy: Tensor) -> list[Tensor | None]:
+    kernel_arguments = _arguments(given, narrow=False)
+    return tensors(convolution.backward(kernel_arguments, array(dy), threads=torch.get_num_threads()))
 
 
-@torch.library.custom_op("mambax::cpu_causal_conv1d_backward", mutates_args=(), device_types="cpu")
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight, bias and initial_state."""
-    given = _arguments(x, weight, bias, initial_state, mask, boundaries, activation, narrow=False)
-    g = convolution.backward(given, array(dy), threads=torch.get_num_threads())
-    return like(g.x, x), like(g.weight, weight), like(g.bias, bias), like(g.initial_state, initial_state)
-
-
-@_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return room_like(x), room_like(weight), room_like(bias), room_like(initial_state)
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, mask, boundaries = ctx.saved_tensors
-    gradients = _backward(dy, *tensors, mask, boundaries, ctx.activation)
-    return *(g if of is not None else None for g, of in zip(gradients, tensors, strict=True)), None, None, None
-
-
-_conv.register_autograd(_gradient, setup_context=_context)
+_conv = differentiable_once(
+    "mambax::cpu_causal_conv1d",
+    ConvOperands,
+    forward=_forward,
+    room=ConvOperands.room,
+    backward=_backward,
+    device_types="cpu",
+)
 
 
 def causal_conv1d(
@@ -126,11 +65,7 @@ def causal_conv1d(
     """
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)
-    if may_call_directly((x, weight, bias, initial_state)):
-        given = _arguments(x, weight, bias, initial_state, mask, boundaries, activation)
-        y = like(convolution.forward(given, threads=torch.get_num_threads()), x)
-    else:
-        y = _conv(x, weight, bias, initial_state, mask, boundaries, activation)
+    y = _conv(ConvOperands(x, weight, bias, initial_state, mask, boundaries, activation))
     return y, last_inputs(x, initial_state, weight.shape[2] - 1, mask, boundaries)
 
 

@@ -1,4 +1,4 @@
-"""Where PyTorch computes, in words."""
+"""Where PyTorch computes, and what runs each op, in words."""
 
 from __future__ import annotations
 
@@ -11,23 +11,39 @@ from mambax_torch import ops
 from mambax_torch.fused import scan_implementations
 from mambax_torch.kernels.devices import old_for_ssd
 
+_KERNELS = {"cuda": "Triton kernels", "cpu": "kernels of mambax_cpu"}
+
 
 def describe() -> Mapping[str, str]:
-    """See :meth:`mambax.backend.Backend.describe`."""
+    """The device and, for each op, what runs it there; see :meth:`mambax.backend.Backend.describe`."""
     device = ops.devices()[0]
     if device == "cuda":
         found = f"{torch.cuda.get_device_name()} (CUDA)"
     else:
         found = f"{platform.processor() or platform.machine()} ({device.upper()})"
-    return {"device": found, "scan of Mamba-2": _ssd(device)}
+    products = "the faster of PyTorch and kernels of mambax_cpu" if device == "cpu" else "PyTorch"
+    return {
+        "device": found,
+        "selective_scan": _fused(device, "pscan, in tensor operations"),
+        "causal_conv1d": _fused(device, "tensor operations"),
+        "ssd": _fused(device, "chunked, in tensor operations", old_for_ssd(), "; a single token sequentially"),
+        "products": products,
+    }
 
 
-def _ssd(device: str) -> str:
-    """What "auto" takes on a device, for as many tokens as one likes."""
+def _fused(device: str, otherwise: str, old: str = "", single: str = "") -> str:
+    """What "auto" takes on a device, for as many tokens as one likes.
+
+    Args:
+        device: its name.
+        otherwise: what it takes where there are no kernels.
+        old: why the Triton kernels cannot run where others can.
+        single: what more there is to say of these.
+    """
     name = {"cuda": "triton", "cpu": "cpu"}.get(device)
     if name is None:
-        return "chunked, in tensor operations"
-    reason = scan_implementations()[name] or (old_for_ssd() if name == "triton" else "")
+        return otherwise
+    reason = scan_implementations()[name] or (old if name == "triton" else "")
     if reason:
-        return f"chunked, in tensor operations: {reason}"
-    return "fused kernels (cpu)" if name == "cpu" else "Triton kernels (triton); a single token sequentially"
+        return f"{otherwise}: {reason}"
+    return _KERNELS[device] + (single if name == "triton" else " up to float32")

@@ -13,6 +13,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 from weakref import WeakSet
 
@@ -39,7 +40,7 @@ def engine_class(config: TrainingConfig) -> type[training.Engine]:
         if not several:
             raise ValueError(
                 "training.distributed is 'fsdp', which spreads a model over processes, but there is only this one; "
-                "start several, as with torchrun --nproc-per-node=2 -m mambax.cli train ..., or train with "
+                "start several, as with torchrun --nproc-per-node=2 -m -- mambax.cli train ..., or train with "
                 "distributed='ddp'"
             )
         from mambax_torch import sharded
@@ -78,7 +79,8 @@ def join(device: str) -> Processes:
             torch.cuda.set_device(device)
         # its functions have the group as a default, if there is one when it is imported, and so for ever
         importlib.import_module("torch.distributed.nn.functional")
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        # the others wait while process 0 makes tokens of a text, for longer than collectives may take as a rule
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
         atexit.register(_leave)
     return Processes(dist.get_rank(), dist.get_world_size(), dist.barrier)
 

@@ -51,14 +51,15 @@ def ssd(
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """:func:`mambax.mamba2.gated_rms_norm`, the gate first; on the CPU, where nothing asks for a gradient, by the
     fused kernels up to float32."""
-    from mambax_torch import cpu_ops
+    from mambax_torch.cpu_ops import shared
+    from mambax_torch.operators import may_call_directly
 
     floats = torch.float64 not in (y.dtype, z.dtype, weight.dtype)
-    if not floats or why_not_cpu_kernels(y) or not cpu_ops.may_call_directly((y, z, weight)):
+    if not floats or why_not_cpu_kernels(y) or not may_call_directly((y, z, weight)):
         return mamba2.gated_rms_norm(ops, y, z, weight, groups, eps)
     from mambax_cpu import gated_norm
 
-    shared, threads = cpu_ops.shared, torch.get_num_threads()
+    threads = torch.get_num_threads()
     return ops.from_numpy(
         gated_norm.gated_rms_norm(shared(y), shared(z), shared(weight), groups, eps, threads=threads)
     )

@@ -28,5 +28,7 @@ def mixture(
     rows = x[order // count].split(sizes)
     all_of_them = torch.is_grad_enabled()  # an expert that no token chose has a gradient too: zeros
     pieces = [formula(p, own) for p, own in zip(products, rows, strict=True) if all_of_them or len(own)]
+    if not pieces:  # there are no tokens
+        return torch.zeros_like(x)
     done = torch.cat(pieces)[order.argsort()].view(tokens, count, -1)  # (T, K, M)
     return (done * ratings[..., None]).sum(1)

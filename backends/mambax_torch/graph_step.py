@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 
 from mambax.blocks import LayerState
 from mambax_torch.kernels.devices import why_not_triton
-from mambax_torch.layers import CausalConv1d, Linear, RMSNorm
+from mambax_torch.layers import CausalConv1d, Linear, RMSNorm, any_global_hook
 
 
 def decode_step(
@@ -52,7 +51,7 @@ def _watched(hidden: Tensor) -> bool:
         return True
     if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
-    return bool(torch_module._has_any_global_hook())
+    return any_global_hook()
 
 
 def _is_ours(block: Any, hidden: Tensor) -> bool:

@@ -105,7 +105,12 @@ def _is_plain_linear(layer: Module) -> TypeGuard[Linear]:
     """Whether calling a layer runs :class:`Linear` and nothing else."""
     if type(layer) is not Linear or getattr(layer.forward, "__func__", None) is not _FORWARD:
         return False
-    return not torch_module._has_any_global_hook() and not any(getattr(layer, name) for name in HOOKS)
+    return not any_global_hook() and not any(getattr(layer, name) for name in HOOKS)
+
+
+def any_global_hook() -> bool:
+    """Whether PyTorch calls something with the inputs, outputs or gradients of every module."""
+    return any(getattr(torch_module, f"_global{name}") for name in HOOKS)  # which is how PyTorch itself asks
 
 
 class Embedding(torch.nn.Embedding):

@@ -13,7 +13,7 @@ from mambax_cpu.linear import FEW_ROWS, Weights, product, widen
 from torch import Tensor
 from torch.nn import functional as F
 
-from mambax_torch.cpu_ops import may_call_directly
+from mambax_torch.operators import may_call_directly
 
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -37,14 +37,12 @@ def _few_rows(weights: Weights, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., out) in the dtype of x."""
     weight = weight.contiguous()
     return _few_rows(Weights(_KINDS[weight.dtype], weight.shape[0], weight.shape[1], weight.data_ptr()), x, bias)
 
 
-@torch.library.custom_op("mambax::cpu_linear", mutates_args=(), device_types="cpu")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., out) in the dtype of x."""
-    return _product(x, weight, bias)
+_linear = torch.library.custom_op("mambax::cpu_linear", _product, mutates_args=(), device_types="cpu")
 
 
 @_linear.register_fake
@@ -84,6 +82,7 @@ def dequantized(weight: Tensor, scales: Tensor, inputs: int) -> Tensor:
 
 
 def _quantized_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
+    """(..., out) in the dtype of x."""
     if x.numel() <= FEW_ROWS * inputs:
         weight, scales = weight.contiguous(), scales.contiguous()
         return _few_rows(_weights(weight, scales, inputs), x, bias)
@@ -91,10 +90,9 @@ def _quantized_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor |
     return F.linear(x.float(), dequantized(weight, scales, inputs), wide_bias).to(x.dtype)
 
 
-@torch.library.custom_op("mambax::cpu_quantized_linear", mutates_args=(), device_types="cpu")
-def _quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
-    """(..., out) in the dtype of x."""
-    return _quantized_product(x, weight, scales, bias, inputs)
+_quantized_linear = torch.library.custom_op(
+    "mambax::cpu_quantized_linear", _quantized_product, mutates_args=(), device_types="cpu"
+)
 
 
 @_quantized_linear.register_fake
@@ -142,14 +140,12 @@ def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | N
 
 
 def _quantized_rows(weight: Tensor, scales: Tensor, ids: Tensor, inputs: int) -> Tensor:
+    """(..., in) float32."""
     some = ids.reshape(-1)
     return dequantized(weight[some], scales[some], inputs).reshape(*ids.shape, inputs)
 
 
-@torch.library.custom_op("mambax::cpu_quantized_rows", mutates_args=(), device_types="cpu")
-def _rows(weight: Tensor, scales: Tensor, ids: Tensor, inputs: int) -> Tensor:
-    """(..., in) float32."""
-    return _quantized_rows(weight, scales, ids, inputs)
+_rows = torch.library.custom_op("mambax::cpu_quantized_rows", _quantized_rows, mutates_args=(), device_types="cpu")
 
 
 @_rows.register_fake

@@ -1,4 +1,4 @@
-"""RMSNorm by the fused CPU kernels as a PyTorch operator: ``mambax::cpu_rms_norm``; see ``cpu_ops``.
+"""RMSNorm by the fused CPU kernels as a PyTorch operator: ``mambax::cpu_rms_norm``.
 
 For the backward pass it keeps its arguments and nothing else.
 
@@ -15,17 +15,16 @@ from mambax_cpu.norm_gradient import rms_norm_gradient
 from torch import Tensor
 
 from mambax_torch import ops
-from mambax_torch.cpu_ops import array, like, may_call_directly, room_like
+from mambax_torch.cpu_ops import array
+from mambax_torch.operators import may_call_directly
 
 
 def _run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(..., M) in the dtype of the weight."""
     return ops.from_numpy(normalise(array(x), ops.to_numpy(weight), eps, threads=torch.get_num_threads()))
 
 
-@torch.library.custom_op("mambax::cpu_rms_norm", mutates_args=(), device_types="cpu")
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(..., M) in the dtype of the weight."""
-    return _run(x, weight, eps)
+_norm = torch.library.custom_op("mambax::cpu_rms_norm", _run, mutates_args=(), device_types="cpu")
 
 
 @_norm.register_fake
@@ -38,12 +37,12 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     """The gradients of x and weight."""
     threads = torch.get_num_threads()
     dx, dweight = rms_norm_gradient(array(x), array(weight), eps, array(dy), threads=threads)
-    return like(dx, x), like(dweight, weight)
+    return ops.from_numpy(dx).to(x.dtype), ops.from_numpy(dweight).to(weight.dtype)
 
 
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return room_like(x), room_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

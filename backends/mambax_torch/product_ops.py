@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mambax_torch.cpu_ops import array, may_call_directly
+from mambax_torch.cpu_ops import array
+from mambax_torch.operators import may_call_directly
 
 Way = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """(x (..., in), weight (out, in), bias (out,) | None) -> (..., out), all of one dtype."""

@@ -4,7 +4,7 @@ for each row, or many.
 A stack is examined once. What was found holds as long as its modules, their classes, attributes and hooks, and the
 memory of their tensors are the same, which is looked at before every token.
 
-Dimensions: B batch, M d_model, D d_inner, N d_state, K d_conv.
+Dimensions: B batch, M d_model.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 
 from mambax.blocks import LayerState
 from mambax_torch.fused import why_not_cpu_kernels
-from mambax_torch.layers import HOOKS, CausalConv1d, Linear, RMSNorm
+from mambax_torch.layers import HOOKS, CausalConv1d, Linear, RMSNorm, any_global_hook
 from mambax_torch.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
+    from mambax_cpu.mamba2_step import Mamba2Stack
     from mambax_cpu.stacks import Classes
-    from mambax_cpu.step import Sizes, Stack
+    from mambax_cpu.step import Stack
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-_OWN = ("mambax.blocks", "mambax_torch.layers", "mambax_torch.quantized")
+_OWN = ("mambax.blocks", "mambax.mamba2", "mambax_torch.layers", "mambax_torch.quantized")
 """Where the definitions are that the kernels compute; a patched class has its ``forward`` from elsewhere."""
 
 
@@ -56,7 +56,7 @@ class _Examined:
         latest: the states that a step gave last, which are not kept alive, and where they lie.
     """
 
-    stack: Stack | None
+    stack: Stack | Mamba2Stack | None
     narrow: torch.dtype
     wide: bool
     blocks: list[ReferenceType[Any]]
@@ -97,9 +97,9 @@ class _Examined:
 def _classes() -> Classes:
     from mambax_cpu.stacks import Classes
 
-    from mambax_torch.models import Block, MambaMixer
+    from mambax_torch.models import Block, Mamba2Mixer, MambaMixer
 
-    return Classes(Block, MambaMixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear)
+    return Classes(Block, MambaMixer, Mamba2Mixer, RMSNorm, CausalConv1d, Linear, QuantizedLinear)
 
 
 def _same(dictionaries: list[dict[str, Any]], values: list[Any]) -> bool:
@@ -121,9 +121,9 @@ def decode_step(
         return graph_step.decode_step(layers, hidden, states)
     if torch.compiler.is_compiling() or not len(layers) or _watched(hidden):
         return None
-    from mambax_cpu import linear, prefill, products, step
+    from mambax_cpu import linear, prefill, stepping
 
-    from mambax_torch.cpu_ops import are_plain, want_gradient
+    from mambax_torch.operators import are_plain, want_gradient
 
     batch, length, _ = hidden.shape
     few = batch * length <= linear.FEW_ROWS
@@ -133,22 +133,23 @@ def decode_step(
     stack = examined.stack
     if stack is None or any(examined.hooks) or not are_plain([hidden, *tensors]):
         return None
-    if length > 1 and not (prefill.supported(stack) and products.is_fast()):
+    many = prefill.chosen(stack) if length > 1 else None
+    if length > 1 and many is None:
         return None
-    before = _addresses(states, examined, batch, stack.sizes)
+    shapes = stack.state_shapes(batch)
+    before = _addresses(states, examined, shapes)
     if before is None:
         return None
     if want_gradient([hidden, *tensors]):
-        return _recorded(layers, hidden, states, stack)
-    _, D, N, K, _ = stack.sizes
-    conv = torch.empty((len(layers), batch, K - 1, D), dtype=examined.narrow)
-    ssm = torch.empty((len(layers), batch, D, N))
-    places = step.States(before[0::2], before[1::2]), step.States(_places(conv), _places(ssm))
+        return None if many is None else _recorded(layers, hidden, states, many)
+    conv = torch.empty((len(layers), *shapes[0]), dtype=examined.narrow)
+    ssm = torch.from_numpy(stack.memory.take(len(layers), shapes[1]))
+    places = stepping.States(before[0::2], before[1::2]), stepping.States(_places(conv), _places(ssm))
     threads = torch.get_num_threads()
-    if length == 1:
+    if many is None:
         out = stack.advance(hidden.detach()[:, 0].float().numpy(), *places, threads)[:, None]
     else:
-        out = prefill.read(stack, hidden.detach().float().numpy(), *places, threads)
+        out = prefill.read(many, hidden.detach().float().numpy(), *places, threads)
     after = tuple(map(LayerState, conv.unbind(), ssm.unbind()))
     tensors = list(chain.from_iterable(after))
     examined.latest = list(map(ref, tensors)), list(map(Tensor.data_ptr, tensors))
@@ -158,10 +159,10 @@ def decode_step(
 def _recorded(
     layers: Sequence[Any], hidden: Tensor, states: Sequence[LayerState], stack: Stack
 ) -> tuple[Tensor, tuple[LayerState, ...]] | None:
-    """As :func:`decode_step`, for the gradient; None for one token, other values than float32, and L below K-1."""
+    """As :func:`decode_step` of many, for the gradient; None for other values than float32, and L below K-1."""
     length = hidden.shape[1]
     kinds = {matrix.kind for block in stack.blocks for matrix in (block.in_proj, block.x_proj, block.out_proj)}
-    if length == 1 or length < stack.sizes.width - 1 or hidden.dtype != torch.float32 or kinds != {"float32"}:
+    if length < stack.sizes.width - 1 or hidden.dtype != torch.float32 or kinds != {"float32"}:
         return None
     from mambax_torch import block_ops
 
@@ -176,20 +177,22 @@ def _watched(hidden: Tensor) -> bool:
     """Whether the values are not the kernels', or someone is to see or change what is computed."""
     if hidden.device.type != "cpu" or hidden.dtype not in _NAMES or torch.is_autocast_enabled("cpu"):
         return True
-    if torch._C._len_torch_function_stack() or torch_module._has_any_global_hook():
+    if torch._C._len_torch_function_stack() or any_global_hook():
         return True
     return bool(why_not_cpu_kernels(hidden))
 
 
-def _addresses(states: Sequence[LayerState], examined: _Examined, batch: int, sizes: Sizes) -> list[int] | None:
-    """Where states lie, (conv, ssm) after (conv, ssm); None when one is not as the kernels take it."""
+def _addresses(
+    states: Sequence[LayerState], examined: _Examined, shapes: Sequence[tuple[int, ...]]
+) -> list[int] | None:
+    """Where states lie, (conv, ssm) after (conv, ssm); None when one is not as the kernels take it: of these two
+    shapes, contiguous."""
     tensors = list(chain.from_iterable(states))
     addresses = list(map(Tensor.data_ptr, tensors))
     references, latest = examined.latest
     known = addresses == latest and all(map(is_, tensors, [reference() for reference in references]))
     if not known:
-        _, D, N, K, _ = sizes
-        forms = (((batch, K - 1, D), examined.narrow), ((batch, D, N), torch.float32))
+        forms = (shapes[0], examined.narrow), (shapes[1], torch.float32)
         for i, tensor in enumerate(tensors):
             if type(tensor) is not Tensor or (tensor.shape, tensor.dtype) != forms[i % 2]:
                 return None

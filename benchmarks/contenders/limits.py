@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from mambax_cpu.compilation import KernelFile
 
 from benchmarks.contender import Job, Task, Unavailable, optional
 from benchmarks.contenders import c_library
@@ -29,7 +30,7 @@ class Memory:
     """Reading, or copying, float32 arrays that no cache holds, one slice per thread. One run is job["bytes"] moved.
 
     Args:
-        way: ``"numba"`` sums in a compiled loop, ``"dot"`` with the BLAS of NumPy, ``"copy"`` copies with NumPy.
+        way: ``"kernel"`` sums in a compiled loop, ``"dot"`` with the BLAS of NumPy, ``"copy"`` copies with NumPy.
         threads: how many.
     """
 
@@ -48,22 +49,9 @@ class Memory:
             return Task(_on_threads(self.threads, lambda i: np.copyto(targets[i], slices[i])))
         if self.way == "dot":
             return Task(_on_threads(self.threads, lambda i: np.dot(slices[i], slices[i])))
-        total = _numba_sum()
-        return Task(_on_threads(self.threads, lambda i: total(slices[i])))
-
-
-def _numba_sum() -> Callable[[np.ndarray], Any]:
-    from numba import njit
-
-    @njit(nogil=True, fastmath=True)
-    def total(values: np.ndarray) -> Any:  # pragma: no cover
-        found = np.float32(0)
-        for i in range(values.size):
-            found += values[i]
-        return found
-
-    total(np.ones(1, np.float32))
-    return total
+        sums = [np.empty(1, np.float32) for _ in range(self.threads)]
+        add_up = KernelFile("benchmarks.contenders.sum_kernel").add_up
+        return Task(_on_threads(self.threads, lambda i: add_up(slices[i], count, sums[i])))
 
 
 class Products:

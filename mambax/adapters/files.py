@@ -21,6 +21,7 @@ from mambax.checkpoint.layouts import checkpoint_name
 from mambax.checkpoint.safetensors_files import SafetensorsFile, write_safetensors
 from mambax.checkpoint.tensors import FLOATS, TensorInfo, is_finite
 from mambax.lora import Lora
+from mambax.paths import path_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -56,7 +57,15 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], *, base_model: str 
     for name, array in arrays.items():
         if not is_finite(array):
             raise ValueError(f"{name} is NaN or infinite, so that the adapter was not saved")
-    target = Path(folder).expanduser()
+    target = path_of(folder, "folder")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target}: expected a folder to write to, found a file; name another")
+    for name in (WEIGHTS, CONFIG):
+        if (target / name).is_dir():
+            raise IsADirectoryError(
+                f"{target / name}: expected a file or nothing, found a folder, so that nothing was saved; move it "
+                "away"
+            )
     target.mkdir(parents=True, exist_ok=True)
     infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays.items()}
     write_safetensors(target / WEIGHTS, infos, lambda name: arrays[name], {"format": "pt"})
@@ -81,7 +90,7 @@ def load_adapter(model: Any, folder: str | os.PathLike[str], *, trainable: bool 
         ValueError: for files that are damaged, adapters of another kind or for another model, and values that are
             not finite. The model is then as it was.
     """
-    source = Path(folder).expanduser()
+    source = path_of(folder, "folder")
     for name in (CONFIG, WEIGHTS):
         if not (source / name).is_file():
             raise FileNotFoundError(f"{source / name}: no such file; expected a folder with {CONFIG} and {WEIGHTS}")

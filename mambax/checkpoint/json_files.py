@@ -19,7 +19,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
         where: what is parsed, for messages.
 
     Raises:
-        ValueError: for text that is not JSON or not an object, and for a key that comes twice.
+        ValueError: for text that is not JSON or not an object, for a key that comes twice, and for NaN.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> Any:
@@ -30,6 +30,9 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
             found[key] = value
         if found.keys() == {"__float__"} and isinstance(found["__float__"], str):
             return float(found["__float__"])
+        for key, value in pairs:
+            if _has_nan(value):
+                raise ValueError(f"{key[:80]!r} is NaN; expected a number")
         return found
 
     try:
@@ -57,6 +60,10 @@ def dump_object(value: dict[str, Any]) -> bytes:
     """The text of a JSON object as transformers 5 writes it: two spaces, a newline at the end, UTF-8, and infinity,
     which JSON does not know, as ``{"__float__": "Infinity"}``."""
     return (json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def _has_nan(value: Any) -> bool:
+    return any(map(_has_nan, value)) if isinstance(value, list) else value != value
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from mambax.checkpoint.tensors import FLOATS, is_finite
 from mambax.checkpoint.weights import open_weights
 from mambax.config import SELECTIVE, MambaConfig
 from mambax.init import Initializer
-from mambax.registry import default_backend, get_backend
+from mambax.registry import choose_backend, choose_device, get_backend
 from mambax.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -82,11 +82,10 @@ def load(
         FileNotFoundError: when there is no such folder or repository, or a file of it is missing.
         ConnectionError: when the hub cannot be reached.
     """
-    chosen = backend or default_backend()
-    nn = get_backend(chosen)
-    device = _device(nn, device)
+    nn = choose_backend(backend)
+    device = choose_device(nn, device)
     if backend is None:
-        print(f"mambax: using the {chosen} backend on {device}; backend=... names another", file=sys.stderr)
+        print(f"mambax: using the {nn.name} backend on {device}; backend=... names another", file=sys.stderr)
     if dtype is not None:
         _check_dtype(nn, dtype)
 
@@ -164,16 +163,6 @@ def _full_skeleton(nn: Backend, described: Description) -> Any:
     if described.architecture == ENCODER:
         return nn.MambaForFeatureExtraction(described.config, pooling=described.pooling, init=Initializer(None))
     return nn.MambaForCausalLM(described.config, init=Initializer(None))
-
-
-def _device(nn: Backend, device: str | None) -> str:
-    known = nn.devices()
-    if device is None:
-        return known[0]
-    if device.partition(":")[0] not in known:
-        names = ", ".join(map(repr, known))
-        raise ValueError(f"device is {device!r}; the {nn.name} backend has {names} here")
-    return device
 
 
 def _check_quantize(

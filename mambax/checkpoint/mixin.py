@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, ClassVar
 
 from mambax.backend import Backend
 from mambax.checkpoint.mapping import Mappings
 from mambax.lora import Lora
+from mambax.paths import path_of
 from mambax.state import InferenceParams
 
 
@@ -52,6 +52,6 @@ class CheckpointMixin:
 
         nn, like = self.nn, self.backbone.init_state(1)
         own = {name: nn.to_numpy(array) for name, array in like.arrays().items()}
-        arrays, count = read_state(Path(path).expanduser(), {name: array.shape for name, array in own.items()})
+        arrays, count = read_state(path_of(path, "path"), {name: array.shape for name, array in own.items()})
         arrays = {name: array.astype(own[name].dtype, copy=False) for name, array in arrays.items()}
         return type(like).from_arrays(arrays, count, like=like.tokens_seen)

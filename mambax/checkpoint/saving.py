@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mambax.checkpoint.sources import CONFIG
 from mambax.checkpoint.tensors import FLOATS, TensorInfo, is_finite
 from mambax.checkpoint.weights import SAFETENSORS
 from mambax.config import MambaClassificationConfig
+from mambax.paths import path_of
 
 INDEX = f"{SAFETENSORS}.index.json"
 _METADATA = {"format": "pt"}  # which older transformers insist on
@@ -43,16 +45,18 @@ def save_pretrained(
         model: a causal language model, a classifier or a feature extractor of mambax.
         folder: where to; made if need be. Files of an older checkpoint are replaced.
         tokenizer: write ``model.tokenizer`` too, if there is one.
-        max_shard_size: bytes; above it the weights go into several files with an index.
+        max_shard_size: bytes, at least 1; above it the weights go into several files with an index.
 
     Raises:
         ValueError: when the weights are not those that a ``config.json`` can describe, or not finite, and when the
             file that they were loaded from has been written to.
         OSError: when a file cannot be written.
     """
-    target = Path(folder).expanduser()
-    parameters = model.nn.parameters(model)
+    target = path_of(folder, "folder")
+    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
+        raise ValueError(f"max_shard_size is {max_shard_size!r}; expected a whole number of bytes, at least 1")
     described = describe(model)
+    parameters = model.nn.parameters(model)
     if model.adapter is not None:
         raise ValueError(
             "save_pretrained: the model has adapters, which are no part of such a checkpoint; merge them into its "
@@ -78,6 +82,7 @@ def save_pretrained(
 
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target}: expected a folder to write to, found a file; name another")
+    made = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     staging = target / f".saving-{os.urandom(4).hex()}"
     staging.mkdir()
@@ -93,6 +98,9 @@ def save_pretrained(
         _move_all(staging, target, shards)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # it is not empty, unless nothing was saved
+                target.rmdir()
 
 
 def convert(
@@ -118,7 +126,7 @@ def convert(
         ValueError: when the folder is the source, and as :func:`mambax.load` does.
         OSError: as :func:`mambax.load` and :func:`save_pretrained` do.
     """
-    source_folder, target = (Path(path).expanduser() for path in (source, folder))
+    source_folder, target = path_of(source, "source"), path_of(folder, "folder")
     if source_folder.is_dir() and source_folder.resolve() == target.resolve():
         raise ValueError(f"{folder}: source and target are the same folder; name another target")
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "progress": progress}
@@ -132,6 +140,11 @@ def describe(model: Any) -> Description:
     Raises:
         ValueError: for what is not a whole model of mambax.
     """
+    if getattr(model, "nn", None) is None or getattr(model, "config", None) is None:
+        raise ValueError(
+            f"save_pretrained: expected a model of mambax, found {type(model).__name__}; of a wrapper, give the "
+            "model inside"
+        )
     nn, config = model.nn, model.config
     if isinstance(model, nn.MambaForSequenceClassification) and isinstance(config, MambaClassificationConfig):
         return Description(config, CLASSIFIER, config.pooling)
@@ -215,13 +228,21 @@ def _index(infos: dict[str, TensorInfo], shards: dict[str, list[str]]) -> dict[s
 
 
 def _move_all(staging: Path, target: Path, shards: dict[str, list[str]]) -> None:
-    """Put the new files in their places, and take away those of an older checkpoint that would be read instead."""
+    """Put the new files in their places, and take away those of an older checkpoint that would be read instead.
+
+    Raises:
+        IsADirectoryError: when a folder has the name of one of them; nothing has been touched then.
+    """
     stale = {path.name for path in target.glob("model-[0-9]*-of-[0-9]*.safetensors")} | {SAFETENSORS, INDEX}
     stale -= shards.keys() | ({INDEX} if len(shards) > 1 else set())
-    for path in sorted(staging.rglob("*")):
-        if path.is_file():
-            place = target / path.relative_to(staging)
-            place.parent.mkdir(exist_ok=True)
-            path.replace(place)
+    places = {path: target / path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()}
+    for place in [*places.values(), *(target / name for name in sorted(stale))]:
+        if place.is_dir():
+            raise IsADirectoryError(
+                f"{place}: expected a file or nothing, found a folder, so that nothing was saved; move it away"
+            )
+    for path, place in places.items():
+        place.parent.mkdir(exist_ok=True)
+        path.replace(place)
     for name in stale:
         (target / name).unlink(missing_ok=True)

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from mambax.paths import path_of
+
 CONFIG = "config.json"
 MISTRAL_CONFIG = "params.json"
 """What Mistral calls a ``config.json``."""
@@ -35,11 +37,12 @@ def open_source(
         local_files_only: use what has been downloaded before, and no network.
 
     Raises:
+        ValueError: for what is not a path or a name, and for an empty one.
         FileNotFoundError: when it is neither.
         NotADirectoryError: for the path of a file.
     """
+    path = path_of(repo_or_folder, "the folder or repository")
     name = os.fspath(repo_or_folder)
-    path = Path(name).expanduser()
     if path.is_dir():
         return Folder(path)
     if path.exists():
@@ -80,8 +83,14 @@ class Folder:
         self.path = path
 
     def find(self, file: str) -> Path | None:
-        """The path of a file, or None."""
+        """The path of a file, or None.
+
+        Raises:
+            IsADirectoryError: when a folder has the name of the file.
+        """
         path = self.path / file
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: expected a file, found a folder; put the file in its place")
         return path if path.is_file() else None
 
     def describe(self) -> str:

@@ -35,8 +35,11 @@ def write_state(path: Path, arrays: Mapping[str, np.ndarray], count: int) -> Non
 
     Raises:
         ValueError: when a value is not finite.
+        IsADirectoryError: when it is the path of a folder.
         OSError: when the file cannot be written.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the name of a file to write, found a folder; add a name to it")
     for name, array in arrays.items():
         if array.dtype in FLOATS.values() and not is_finite(array):
             raise ValueError(f"{name} of the state has values that are NaN or infinite; the state was not saved")

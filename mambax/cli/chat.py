@@ -54,8 +54,20 @@ def chat(
 
 
 def _template(template: str | None) -> str | None:
-    """The source in a file, or the name as it is."""
-    return Path(template).read_text(encoding="utf-8") if template and Path(template).is_file() else template
+    """The source in a file, or the name as it is.
+
+    Raises:
+        ValueError: for a file that is no template.
+    """
+    if not template or not Path(template).is_file():
+        return template
+    try:
+        source = Path(template).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{template}: expected a Jinja template in UTF-8 ({error}); convert it") from error
+    if "{" not in source:
+        raise ValueError(f"{template}: expected a Jinja template, found text without {{{{ ... }}}} or {{% ... %}}")
+    return source
 
 
 class _Session:

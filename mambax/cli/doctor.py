@@ -17,13 +17,17 @@ TOLERANCE = 1e-5
 """Relative error, in norm, that a float32 scan may have."""
 
 BATCH, LENGTH, CHANNELS, STATE = 2, 67, 32, 16
+HEADS = 4
+OPS = ("selective_scan", "ssd")
+"""What has several implementations: the scans of Mamba-1 and of Mamba-2."""
 
 
 class Check(NamedTuple):
-    """How an implementation did: its error against the reference, or why there is none."""
+    """How an implementation of an op did: its error against the reference, or why there is none."""
 
     backend: str
     device: str
+    op: str
     implementation: str
     error: float | None
     reason: str = ""
@@ -65,32 +69,37 @@ def doctor() -> bool:
 
 
 def checks(backend: Backend) -> Iterator[Check]:
-    """Run every scan implementation on every device of a backend, and compare it with the float64 reference."""
-    inputs = _inputs()
-    want = [np.asarray(array) for array in get_backend("numpy").selective_scan(**_cast(inputs, np.float64))]
+    """Run every implementation of the scans on every device of a backend, and compare it with the float64
+    reference."""
+    available = {"selective_scan": backend.scan_implementations(), "ssd": backend.ssd_implementations()}
+    inputs = {"selective_scan": _inputs(), "ssd": _inputs_of_ssd()}
+    reference = get_backend("numpy")
+    want = {op: [np.asarray(x) for x in getattr(reference, op)(**_cast(inputs[op], np.float64))] for op in OPS}
     for device in backend.devices():
-        for name, reason in {"auto": "", **backend.scan_implementations()}.items():
-            if reason:
-                yield Check(backend.name, device, name, None, reason)
-                continue
-            try:
-                error = _error(backend, device, name, inputs, want)
-            except ValueError as refusal:  # a device or an implementation that says that it cannot
-                yield Check(backend.name, device, name, None, str(refusal))
-            except Exception as failure:  # whatever else a backend or its drivers raise is what is to be found out
-                yield Check(backend.name, device, name, None, f"{type(failure).__name__}: {failure}", failed=True)
-            else:
-                yield Check(backend.name, device, name, error, failed=not error <= TOLERANCE)
+        for op in OPS:
+            for name, reason in {"auto": "", **available[op]}.items():
+                about = (backend.name, device, op, name)
+                if reason:
+                    yield Check(*about, None, reason)
+                    continue
+                try:
+                    error = _error(backend, device, op, name, inputs[op], want[op])
+                except ValueError as refusal:  # a device or an implementation that says that it cannot
+                    yield Check(*about, None, str(refusal))
+                except Exception as failure:  # whatever else a backend or its drivers raise is to be found out
+                    yield Check(*about, None, f"{type(failure).__name__}: {failure}", failed=True)
+                else:
+                    yield Check(*about, error, failed=not error <= TOLERANCE)
 
 
-def _error(nn: Backend, device: str, name: str, inputs: dict[str, Any], want: list[np.ndarray]) -> float:
+def _error(nn: Backend, device: str, op: str, name: str, inputs: dict[str, Any], want: list[np.ndarray]) -> float:
     """Largest relative error of the final state and of the output, where the mask says that there is one."""
     arrays = {
         key: nn.from_numpy(value, device=device) if isinstance(value, np.ndarray) else value
         for key, value in _cast(inputs, np.float32).items()
     }
     with nn.no_grad():
-        got = [nn.to_numpy(array).astype(np.float64) for array in nn.selective_scan(**arrays, impl=name)]
+        got = [nn.to_numpy(array).astype(np.float64) for array in getattr(nn, op)(**arrays, impl=name)]
     pairs = [(got[0][inputs["mask"]], want[0][inputs["mask"]]), (got[1], want[1])]
     return max(float(np.linalg.norm(g - w) / np.linalg.norm(w)) for g, w in pairs)
 
@@ -105,9 +114,27 @@ def _inputs() -> dict[str, Any]:
     }  # fmt: skip
     inputs: dict[str, Any] = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     inputs["A"] = -np.exp(inputs["A"])
+    return inputs | {"mask": _mask(), "delta_softplus": True}
+
+
+def _inputs_of_ssd() -> dict[str, Any]:
+    """Arguments of the scan of Mamba-2 with everything in use; heads in two groups."""
+    rng = np.random.default_rng(1)
+    shapes = {
+        "x": (BATCH, LENGTH, HEADS, CHANNELS), "dt": (BATCH, LENGTH, HEADS), "A": (HEADS,),
+        "B": (BATCH, LENGTH, 2, STATE), "C": (BATCH, LENGTH, 2, STATE), "D": (HEADS,), "dt_bias": (HEADS,),
+        "initial_state": (BATCH, HEADS, CHANNELS, STATE),
+    }  # fmt: skip
+    inputs: dict[str, Any] = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    inputs["A"] = -np.exp(inputs["A"])
+    return inputs | {"mask": _mask(), "dt_softplus": True, "dt_limit": (0.01, 2.0)}
+
+
+def _mask() -> np.ndarray:
+    """The second row begins with padding."""
     mask = np.ones((BATCH, LENGTH), bool)
     mask[1, :5] = False
-    return inputs | {"mask": mask, "delta_softplus": True}
+    return mask
 
 
 def _cast(inputs: dict[str, Any], dtype: Any) -> dict[str, Any]:
@@ -125,7 +152,7 @@ def _open(name: str) -> tuple[Backend | None, str]:
 
 
 def _show(out: Any, check: Check) -> None:
-    label = f"  {check.device:<6} {check.implementation:<14}"
+    label = f"  {check.device:<6} {check.op:<15} {check.implementation:<14}"
     if check.error is None:
         style, word = ("bold red", "fails") if check.failed else ("yellow", "not here")
         out.print(label, style="", end="")

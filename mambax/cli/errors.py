@@ -47,12 +47,13 @@ class Group(TyperGroup):
 
 def message(error: BaseException) -> str:
     """What to tell a person about an error."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = str(error)
     if isinstance(error, MemoryError):
         return f"out of memory{': ' + text if text else ''}; try a narrower --dtype, or a smaller model"
-    return text if text and isinstance(error, (ValueError, OSError, ImportError)) else f"{_kind(error)}: {text}"
+    whole = isinstance(error, (ValueError, OSError, ImportError)) or type(error).__module__.startswith("mambax.")
+    return text if text and whole else f"{_kind(error)}: {text}"
 
 
 def complain(text: str) -> None:

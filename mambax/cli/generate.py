@@ -34,9 +34,12 @@ def generate(name: str, prompt: str | None, sampling: dict[str, Any], loading: d
 
 
 def load(name: str, loading: dict[str, Any], quiet: bool) -> Any:
-    """A model that can write text, with a bar while its weights are read."""
+    """A model that can write text, with a bar while its weights are read; quiet, without a word on the backend."""
     import mambax
+    from mambax.registry import default_backend
 
+    if quiet and loading["backend"] is None:
+        loading = loading | {"backend": default_backend()}  # what is named is not said
     with bar("Loading", in_bytes=True, quiet=quiet) as progress:
         model = mambax.load(name, progress=progress, **loading)
     return require_text_model(model, name)

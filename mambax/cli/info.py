@@ -28,6 +28,9 @@ FIELDS = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "num_labels", "n
 MAMBA_FIELDS = ("d_inner", "d_state", "d_conv", "dt_rank", "use_bias", "use_conv_bias")
 """Sizes of the mixers of Mamba-1, which a model without them has too, and which mean nothing there."""
 
+_OTHER_FORMS = re.compile(r"token|^vocab\.|^merges\.txt$|^spiece\.model$")
+"""In the names of the files of a tokenizer."""
+
 
 def info(name: str, revision: str | None, offline: bool) -> None:
     """Print what a checkpoint is. Reads its configuration and, in a folder, the headers of its weights.
@@ -173,12 +176,24 @@ def _tokenizer(source: Source, described: Description) -> dict[str, str]:
     folder = tokenizer_files.find(source)
     if folder is None:
         own = f" (the original models use that of {ORIGINAL_TOKENIZER})" if described.original else ""
-        return {"tokenizer": f"none here{own}"}
+        return {"tokenizer": f"none here{_other_files(source)}{own}"}
     tokenizer = Tokenizer.from_pretrained(folder)
     special: dict[str, Any] = tokenizer.special_tokens
     names = ", ".join(f"{role.removesuffix('_token')} {token!r}" for role, token in special.items())
     template = "yes" if tokenizer.chat_template is not None else "none"
+    known = described.config.vocab_size
+    beyond = f", more than the {known:,} that the model knows" if tokenizer.vocab_size > known else ""
     return {
-        "tokenizer": f"{tokenizer.vocab_size:,} tokens{', ' + names if names else ''}",
+        "tokenizer": f"{tokenizer.vocab_size:,} tokens{beyond}{', ' + names if names else ''}",
         "chat template": template,
     }
+
+
+def _other_files(source: Source) -> str:
+    """Files of a tokenizer in another form, as transformers writes those that have no tokenizer.json."""
+    if not isinstance(source, Folder):
+        return ""
+    found = sorted(path.name for path in source.path.glob("*") if _OTHER_FORMS.search(path.name))
+    if not found:
+        return ""
+    return f" that mambax reads: expected {tokenizer_files.VOCABULARIES[0]}, found {', '.join(found)}"

@@ -9,9 +9,17 @@ from typing import Any
 
 from mambax.cli.terminal import bar, note, size
 from mambax.training.card import write_card
-from mambax.training.processes import join
+from mambax.training.processes import join, started_by
 from mambax.training.progress import Progress
-from mambax.training.recipe import RECIPE, Recipe, parse, parse_assignment, read_file, set_value
+from mambax.training.recipe import (
+    RECIPE,
+    VOCABULARIES,
+    Recipe,
+    parse,
+    parse_assignment,
+    read_file,
+    set_value,
+)
 from mambax.training.setup import Checked, build, check
 
 
@@ -51,7 +59,11 @@ def train(
     progress = Progress(recipe.training.log_every, quiet=quiet)
     with bar("Reading the text", in_bytes=True, quiet=quiet) as advance:
         trainer = build(
-            checked, world, observers=[progress], progress=lambda what, done, total: advance(done, total)
+            checked,
+            world,
+            resume=resume,
+            observers=[progress],
+            progress=lambda what, done, total: advance(done, total),
         )
     if not quiet:
         several = f" ({world.processes} processes, {recipe.training.distributed})" if world.processes > 1 else ""
@@ -59,8 +71,8 @@ def train(
     summary = trainer.train(resume=resume)
     if summary.model is None:
         if world.process == 0:
-            how = "mambax train" if world.processes == 1 else "the same launcher and mambax train"
-            note(f"interrupted after step {summary.step}; go on with: {how} --run {recipe.run} --resume")
+            how = started_by(checked.backend, world.processes)
+            note(f"interrupted after step {summary.step}; go on with: {how} train --run {recipe.run} --resume")
         return False
     if world.process == 0:
         write_card(trainer, recipe, summary)
@@ -108,8 +120,13 @@ def _parameters(recipe: Recipe) -> int:
     """Of the new model, with the vocabulary that the recipe asks for."""
     from mambax.init import Initializer
     from mambax.registry import get_backend
+    from mambax.tokenizer import Tokenizer
 
     nn = get_backend("numpy")
-    size = {"bytes": 256, "characters": 256}.get(recipe.data.tokenizer, recipe.data.vocab_size)
+    named = recipe.data.tokenizer
+    if named in VOCABULARIES:
+        size = recipe.data.vocab_size if named == "bpe" else 256
+    else:
+        size = Tokenizer.from_pretrained(Path(named).expanduser()).vocab_size
     model = nn.MambaForCausalLM(recipe.model_config(size), init=Initializer(None))
     return sum(math.prod(array.shape) for array in nn.parameters(model).values())

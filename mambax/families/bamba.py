@@ -10,7 +10,7 @@ from typing import Any
 
 from mambax.config import MambaLMConfig
 from mambax.families.family import CAUSAL_LM, Family, Fields
-from mambax.families.pairs import LayerPairs, head_dim, rope_theta, whole_numbers
+from mambax.families.pairs import LayerPairs, head_dim, rope_theta, whole_numbers, write_head_dim
 from mambax.families.translation import refuse, require, spelled_fields
 from mambax.options import AttentionOptions, Mamba2Options, MLPOptions
 
@@ -83,7 +83,7 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
     values = fields.values
     number = whole_numbers(raw, _NUMBERS, where)
     heads = number["num_attention_heads"]
-    width = head_dim(values["d_model"], heads, where)
+    width = head_dim(raw, values["d_model"], heads, where)
     attending = raw.get("attn_layer_indices") or []
     layers = range(number["num_hidden_layers"])
     if not isinstance(attending, list) or not all(type(i) is int and i in layers for i in attending):
@@ -123,6 +123,7 @@ def _write(config: MambaLMConfig) -> dict[str, Any]:
         "attn_layer_indices": [i for i, kind in enumerate(config.layer_kinds[::2]) if kind == "attention"],
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads,
+        **write_head_dim(attention, config.d_model),
         "attention_bias": attention.use_bias,
         "rope_parameters": {
             "rope_type": "default",

@@ -52,7 +52,7 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
     values.setdefault("tie_embeddings", False)
     number = whole_numbers(raw, _NUMBERS, where)
     number["mamba_d_ssm"] = _d_ssm(raw, number, values["d_model"], where)
-    number["head_dim"] = raw.get("head_dim") or head_dim(values["d_model"], number["num_attention_heads"], where)
+    number["head_dim"] = head_dim(raw, values["d_model"], number["num_attention_heads"], where)
     layers = number["num_hidden_layers"]
     gate, down = _multipliers(raw, "mlp_multipliers", 2, where)
     parts = _multipliers(raw, "ssm_multipliers", 5, where)

@@ -13,7 +13,7 @@ from typing import Any
 from mambax.config import MambaLMConfig
 from mambax.families.bamba import mamba2_options, write_mamba2
 from mambax.families.family import CAUSAL_LM, Family, Fields
-from mambax.families.pairs import LayerPairs, head_dim, rope_theta, whole_numbers
+from mambax.families.pairs import LayerPairs, head_dim, rope_theta, whole_numbers, write_head_dim
 from mambax.families.translation import refuse, require, spelled_fields
 from mambax.options import AttentionOptions, MLPOptions
 
@@ -67,7 +67,7 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
         "mamba2": mamba2_options(raw, number, values["norm_epsilon"], where),
         "attention": AttentionOptions(
             n_heads=heads,
-            head_dim=head_dim(values["d_model"], heads, where),
+            head_dim=head_dim(raw, values["d_model"], heads, where),
             n_kv_heads=raw.get("num_key_value_heads") or heads,
             use_bias=raw.get("attention_bias", False),
             rope_theta=rope_theta(raw, where) if rotary else None,
@@ -102,6 +102,7 @@ def _write(config: MambaLMConfig) -> dict[str, Any]:
         "attention_multiplier": attention.scale,
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads,
+        **write_head_dim(attention, config.d_model),
         "attention_bias": attention.use_bias,
         "intermediate_size": mlp.d_intermediate,
         "shared_intermediate_size": mlp.d_shared,

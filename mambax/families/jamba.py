@@ -12,7 +12,7 @@ from typing import Any
 
 from mambax.config import MambaLMConfig
 from mambax.families.family import CAUSAL_LM, Family, Fields
-from mambax.families.pairs import LayerPairs, head_dim, whole_numbers
+from mambax.families.pairs import LayerPairs, head_dim, whole_numbers, write_head_dim
 from mambax.families.translation import refuse, require, spelled_fields
 from mambax.options import AttentionOptions, MLPOptions
 
@@ -50,7 +50,7 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
     require(fields, SPELLINGS, ("d_model", "vocab_size"), where)
     place = whole_numbers(raw, _PLACES, where)
     heads, d_model = place["num_attention_heads"], fields.values["d_model"]
-    width = head_dim(d_model, heads, where)
+    width = head_dim(raw, d_model, heads, where)
     kinds: list[str] = []
     for i in range(place["num_hidden_layers"]):
         kinds.append("attention" if i % place["attn_layer_period"] == place["attn_layer_offset"] else "mamba")
@@ -91,6 +91,7 @@ def _write(config: MambaLMConfig) -> dict[str, Any]:
         "num_experts_per_tok": config.mlp.n_experts_per_token or 1,
         "num_attention_heads": config.attention.n_heads,
         "num_key_value_heads": config.attention.n_kv_heads,
+        **write_head_dim(config.attention, config.d_model),
         "intermediate_size": config.mlp.d_intermediate,
     }
 

@@ -74,9 +74,20 @@ def _read(raw: Mapping[str, Any], where: str) -> Fields:
 
 
 def read_rescale(raw: Mapping[str, Any], plain: Any) -> Any:
-    """What a file of Hugging Face says of :data:`RESCALE`: what :func:`write_rescale` put there, else ``plain``."""
+    """What a file of Hugging Face says of :data:`RESCALE`: what :func:`write_rescale` put there, else ``plain``.
+
+    Raises:
+        ValueError: for something else in its place, as a newer mambax may have put there.
+    """
     ours = raw.get(OURS)
-    return ours.get(RESCALE, plain) if isinstance(ours, dict) else plain
+    if ours is None:
+        return plain
+    if not isinstance(ours, dict) or ours.keys() - {RESCALE}:
+        raise ValueError(
+            f"{OURS} is {str(ours)[:80]}; expected an object with {RESCALE!r} alone. If a newer mambax wrote the "
+            "file, update mambax"
+        )
+    return ours.get(RESCALE, plain)
 
 
 def write_rescale(config: MambaLMConfig) -> dict[str, Any]:

@@ -19,9 +19,19 @@ _ELSEWHERE = {"scan", "family", "num_labels", "pooling", *TOKEN_IDS}
 """Fields that every family has, or that are no property of the weights."""
 
 _FIELDS = {field.name for field in dataclasses.fields(MambaLMConfig)} - _ELSEWHERE
+_BESIDE = {
+    "architectures", "model_type", "dtype", "torch_dtype", "id2label", "label2id", "num_labels", "pooling",
+    "quantization", "quantization_config", "transformers_version", "_name_or_path", *TOKEN_IDS,
+}  # fmt: skip
+"""What else may be in a file: fields that every family has, and notes of other tools that mean nothing here."""
 
 
 def _read(raw: Mapping[str, Any], where: str) -> Fields:
+    if unknown := sorted(raw.keys() - _FIELDS - _BESIDE):
+        raise ValueError(
+            f"{where}: unknown field {unknown[0][:80]!r}; expected those of MambaLMConfig alone. If a newer mambax "
+            "wrote the file, update mambax"
+        )
     values = {name: raw[name] for name in _FIELDS if name in raw}
     missing = {"d_model", "n_layer", "vocab_size"} - values.keys()
     if missing:

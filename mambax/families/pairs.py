@@ -12,10 +12,13 @@ from typing import Any
 
 from mambax.config import MambaLMConfig
 from mambax.families.translation import refuse
+from mambax.options import AttentionOptions
 
 _INSIDE = re.compile(r"backbone\.layers\.(\d+)\.(norm|mixer)\.(.+)")
 _ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 """What ``rope_parameters`` of the default rotary embedding may have."""
+_OTHERWISE = "Use a checkpoint without scaled positions; without the field, the numbers would be others"
+"""What is to be done about a rotary embedding that is not implemented."""
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.([a-z_]+)\.(.+)")
 
 
@@ -84,15 +87,26 @@ def whole_numbers(raw: Mapping[str, Any], defaults: Mapping[str, int], where: st
     return found
 
 
-def head_dim(d_model: Any, heads: int, where: str) -> int:
-    """Channels of an attention head where the file does not name them.
+def head_dim(raw: Mapping[str, Any], d_model: Any, heads: int, where: str) -> int:
+    """Channels of an attention head: ``head_dim``, or the model's width divided by the heads where it is missing.
 
     Raises:
-        ValueError: when the heads do not divide the model's width.
+        ValueError: for one that is no whole number, and when it is missing and the heads do not divide the width.
     """
+    width = raw.get("head_dim")
+    if width is not None:
+        if type(width) is not int or not 1 <= width <= 2**16:
+            raise ValueError(f"{where}: head_dim is {width!r}; expected a whole number from 1 to {2**16}")
+        return width
     if type(d_model) is not int or d_model < 1 or d_model % heads:
         raise ValueError(f"{where}: hidden_size is {d_model!r}; expected a multiple of num_attention_heads {heads}")
     return d_model // heads
+
+
+def write_head_dim(attention: AttentionOptions, d_model: int) -> dict[str, int]:
+    """The field that :func:`head_dim` reads, where it is not what follows from the others."""
+    follows = attention.n_heads * attention.head_dim == d_model
+    return {} if follows else {"head_dim": attention.head_dim}
 
 
 def rope_theta(raw: Mapping[str, Any], where: str, fraction: float = 1.0) -> float:
@@ -114,11 +128,13 @@ def rope_theta(raw: Mapping[str, Any], where: str, fraction: float = 1.0) -> flo
     scaling = raw.get("rope_scaling")
     if kind != "default" or scaling:
         found = f"rope_type {kind!r}" if kind != "default" else f"rope_scaling {str(scaling)[:80]}"
-        raise ValueError(f"{where}: {found} is not supported; only the default rotary embedding is")
+        raise ValueError(f"{where}: {found} is not supported; only the default rotary embedding is. {_OTHERWISE}")
     unknown = sorted(parameters.keys() - _ROPE)
     if unknown:
         names = ", ".join(unknown)[:200]
-        raise ValueError(f"{where}: rope_parameters with {names} is not supported; only the default rotary one is")
+        raise ValueError(
+            f"{where}: rope_parameters with {names} is not supported; only the default rotary one is. {_OTHERWISE}"
+        )
     turned = (1.0, 1) if fraction == 1 else (fraction,)
     refuse(parameters, {"partial_rotary_factor": turned}, f"{where}: rope_parameters")
     theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))

@@ -34,7 +34,7 @@ class Log:
         temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8", newline="\n")
         os.replace(temporary, folder / JSONL)
         with (folder / CSV).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")  # of a run that another version began
             writer.writeheader()
             writer.writerows(kept)
         self._events = _events(folder / EVENTS)
@@ -57,13 +57,26 @@ class Log:
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run; a last line that was cut short is left out."""
+    """The records of a run; a last line that was cut short is left out.
+
+    Raises:
+        ValueError: for another line that is not a record.
+    """
     path = folder / JSONL
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(
+                f"{path}, line {number}: expected a record of a step, found {line[:60]!r}; delete the line, or the "
+                "file to begin the log anew"
+            )
+        yield record
 
 
 def _line(record: Mapping[str, Any]) -> str:

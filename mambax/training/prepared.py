@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 from mambax.checkpoint.json_files import dump_object, read_object
 from mambax.tokenizer import Tokenizer
 from mambax.training import corpus, vocabularies
+from mambax.training.processes import ProcessFailed
 from mambax.training.recipe import DataConfig
-from mambax.training.token_files import TokenDataset, write_tokens
+from mambax.training.token_files import HEADER, TokenDataset, write_tokens
 
 SOURCE, TOKENIZER, TRAIN, VALIDATION = "source.json", "tokenizer", "train", "validation"
 _DECIDING = ("validation_fraction", "field", "tokenizer", "vocab_size", "separate")
@@ -92,35 +93,100 @@ class Corpus:
 
 
 def prepare(
-    found: Corpus, folder: Path, *, tokenizer: Tokenizer | None = None, progress: Progress | None = None
+    found: Corpus,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
 ) -> Prepared:
-    """Tokens in a folder, written unless they are there already.
+    """Tokens in a folder, written unless they are there already. Of several processes, process 0 calls this.
 
     Args:
         found: the texts.
         folder: for them; appears complete or not at all.
         tokenizer: a pretrained model's own; made as the recipe says when None.
         progress: told how far it is.
+        resume: a run goes on, so that the tokens must be those that are there.
 
     Raises:
-        ValueError: for texts without a token on one of the two sides, and what is not UTF-8 or JSON lines.
+        ValueError: for texts without a token on one of the two sides, and what is not UTF-8 or JSON lines; for
+            other tokens than those of a run that goes on, which then stay as they are.
         OSError: when it cannot be written.
     """
-    description = found.describe() | {"pretrained_tokenizer": None if tokenizer is None else repr(tokenizer)}
-    source = folder / SOURCE
-    if not source.is_file() or read_object(source) != description:
+    description = _description(found, tokenizer)
+    if not _is_there(folder, description):
+        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
         staging.mkdir(parents=True)
         try:
             _write(found, staging, tokenizer, progress)
             (staging / SOURCE).write_bytes(dump_object(description))
+            if resume:
+                _check_same(staging, folder)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    made = tokenizer or Tokenizer.from_pretrained(folder / TOKENIZER)
-    return Prepared(TokenDataset(folder / TRAIN), TokenDataset(folder / VALIDATION), made)
+    return _open(folder, tokenizer)
+
+
+def open_prepared(found: Corpus, folder: Path, *, tokenizer: Tokenizer | None = None) -> Prepared:
+    """What :func:`prepare` made in process 0, for the other processes.
+
+    Raises:
+        ProcessFailed: when it is not there.
+        ValueError: when it cannot be read.
+    """
+    source, wanted = folder / SOURCE, _description(found, tokenizer)
+    made = read_object(source) if source.is_file() else {}
+    if _without_times(made) != _without_times(wanted):
+        raise ProcessFailed(
+            f"this process stops, because process 0 has not made the tokens that it needs in {folder}: either "
+            "process 0 failed, and its message says why, or the folder of the run is not one that all processes see"
+        )
+    return _open(folder, tokenizer)
+
+
+def _is_there(folder: Path, description: Mapping[str, Any]) -> bool:
+    """Whether a folder says that it was made from this. One whose file that says so is damaged was not."""
+    try:
+        return read_object(folder / SOURCE) == description
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _open(folder: Path, tokenizer: Tokenizer | None) -> Prepared:
+    try:
+        made = tokenizer or Tokenizer.from_pretrained(folder / TOKENIZER)
+        return Prepared(TokenDataset(folder / TRAIN), TokenDataset(folder / VALIDATION), made)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{error}. Delete {folder}: it is made again from the text") from error
+
+
+def _description(found: Corpus, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return found.describe() | {"pretrained_tokenizer": None if tokenizer is None else repr(tokenizer)}
+
+
+def _without_times(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Without when the texts were changed, which may differ where each machine has a copy of them."""
+    return {**description, "files": [file[:2] for file in description.get("files", ())]}
+
+
+def _check_same(made: Path, folder: Path) -> None:
+    """Refuse tokens that are not those in the folder of a run that goes on."""
+    for name in (TRAIN, VALIDATION):
+        if not (folder / name / HEADER).is_file():
+            continue
+        before, now = (read_object(folder / name / HEADER) for folder in (folder, made))
+        if before.get("digest") != now["digest"]:
+            raise ValueError(
+                f"{folder / name}: the run has {before.get('tokens')} tokens there, and the text now gives other "
+                f"ones, {now['tokens']}; a run is resumed on the same text: put it back as it was, or begin "
+                "another run in another folder"
+            )
 
 
 def _write(found: Corpus, folder: Path, tokenizer: Tokenizer | None, progress: Progress | None) -> None:

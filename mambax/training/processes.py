@@ -29,6 +29,22 @@ class Processes(NamedTuple):
     wait: Callable[[], object] = _stay
 
 
+def started_by(backend: str, processes: int) -> str:
+    """The beginning of a command of mambax, as a person starts it in so many processes.
+
+    Without ``--``, torchrun takes ``--run`` for an option of its own, and mlx.launch ``--backend``.
+    """
+    if processes == 1:
+        return "mambax"
+    if backend == "mlx":
+        return f"mlx.launch -n {processes} -- command.py"
+    return f"torchrun --nproc-per-node={processes} -m -- mambax.cli"
+
+
+class ProcessFailed(RuntimeError):
+    """Another process failed, and this one stops with it; the message of the other says what was wrong."""
+
+
 def distributed_module(nn: Any) -> Any:
     """The module of a backend that knows about processes; None for one that trains in one alone."""
     name = f"{nn.__name__}.distributed"

@@ -20,6 +20,9 @@ from mambax.training import fields
 from mambax.training.config import TrainingConfig
 
 ARRANGEMENTS = ("reading", "windows", "documents")
+VOCABULARIES = ("bpe", "bytes", "characters")
+"""Kinds of tokenizers that are made from the text."""
+
 RECIPE = "recipe.json"
 _FROM_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 PRETRAINED = "pretrained"

@@ -10,6 +10,7 @@ from mambax.training.batches import TrainingData
 from mambax.training.config import HARMLESS, TrainingConfig
 from mambax.training.engine import Engine
 from mambax.training.evaluation import Evaluation
+from mambax.training.whole import unreadable
 
 Evaluated = tuple[int, Evaluation]
 """After how many steps, and what was found."""
@@ -65,8 +66,15 @@ def to_plain(evaluated: Evaluated | None) -> dict[str, Any] | None:
     return None if evaluated is None else {"step": evaluated[0], **vars(evaluated[1])}
 
 
-def from_plain(numbers: Mapping[str, Any] | None) -> Evaluated | None:
-    """What :func:`to_plain` gave."""
+def from_plain(numbers: Mapping[str, Any] | None, path: Path) -> Evaluated | None:
+    """What :func:`to_plain` gave, from a checkpoint.
+
+    Raises:
+        ValueError: when it is something else.
+    """
     if numbers is None:
         return None
-    return numbers["step"], Evaluation(**{name: value for name, value in numbers.items() if name != "step"})
+    try:
+        return numbers["step"], Evaluation(**{name: value for name, value in numbers.items() if name != "step"})
+    except (KeyError, TypeError) as error:
+        raise unreadable(path, f"an evaluation is {dict(numbers)}") from error

@@ -35,7 +35,7 @@ class TokenDataset:
     Attributes:
         tokens: (T,) the ids, mapped.
         ends: where each document ends, mapped, int64; the last is T.
-        vocab_size: every id is below it.
+        vocab_size: of the tokenizer; every id is below it, but for a tokenizer with gaps between its ids.
         text_bytes, characters: the size of the text that the tokens stand for.
         digest: of the ids.
 
@@ -54,10 +54,16 @@ class TokenDataset:
                 f"{self.folder / HEADER}: expected {FORMAT!r} of version {VERSION}, found {header.get('format')!r} "
                 f"of version {header.get('version')!r}; write the tokens again"
             )
+        for name in ("vocab_size", "bytes", "characters", "tokens", "documents"):
+            if not isinstance(header.get(name), int) or header[name] < 0:
+                raise ValueError(
+                    f"{self.folder / HEADER}: {name} is {header.get(name)!r}; expected a whole number: write the "
+                    "tokens again"
+                )
         self.vocab_size: int = header["vocab_size"]
         self.text_bytes: int = header["bytes"]
         self.characters: int = header["characters"]
-        self.digest: str = header["digest"]
+        self.digest = str(header.get("digest"))
         self.tokens = self._map(TOKENS, _dtype(self.vocab_size), header["tokens"])
         self.ends = self._map(DOCUMENTS, np.dtype("<i8"), header["documents"])
 
@@ -106,7 +112,7 @@ def write_tokens(
             for blocks in texts:
                 before = count
                 for block in blocks:
-                    ids = np.array(tokenizer.encode(block, add_special_tokens=False), dtype)
+                    ids = _as(dtype, tokenizer.encode(block, add_special_tokens=False))
                     tokens.write(ids.tobytes())
                     digest.update(ids.tobytes())
                     count += len(ids)
@@ -138,6 +144,16 @@ def write_tokens(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return TokenDataset(folder)
+
+
+def _as(dtype: np.dtype, ids: list[int]) -> np.ndarray:
+    """Ids in the dtype of a file; a tokenizer with gaps may have some that are too large for it."""
+    if (highest := max(ids, default=0)) > np.iinfo(dtype).max:
+        raise ValueError(
+            f"the tokenizer gives the token {highest}, though it has fewer tokens than that; expected ids up to "
+            f"{np.iinfo(dtype).max}: use a tokenizer without gaps between its ids"
+        )
+    return np.array(ids, dtype)
 
 
 def _dtype(vocab_size: int) -> np.dtype:

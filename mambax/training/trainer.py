@@ -5,6 +5,7 @@ What a step computes is in :mod:`mambax.training.steps`, what is written in :mod
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import time
@@ -23,6 +24,7 @@ from mambax.training.interrupts import Interrupts
 from mambax.training.logs import Log
 from mambax.training.resuming import Evaluated, check_same, from_plain, identity, to_plain
 from mambax.training.steps import NotFinite, Steps
+from mambax.training.together import Together, lost_means_failed
 
 Observer = Callable[[str, Mapping[str, Any]], None]
 """Called with what happened ("start", "step", "evaluation", "checkpoint", "note", "end") and its numbers."""
@@ -113,22 +115,27 @@ class Trainer:
             ValueError: for a folder with checkpoints that is not resumed, one without that is, and a checkpoint of
                 another configuration or other data, naming what differs.
             OSError: when something cannot be written, as on a full disk; the last checkpoint stays as it is.
+            ProcessFailed: when another process raised one of these, or has ended.
         """
-        self._open(resume)
-        self._log = Log(self.run, self.step) if self.engine.process == 0 else None
-        self._tell("start", {"step": self.step, "steps": self.config.steps})
+        with lost_means_failed(self.engine.process, self.engine.processes):
+            return self._train(resume)
+
+    def _train(self, resume: bool) -> Summary:
+        with Together(self.engine, "opening the run"):
+            last = self._open(resume)
+        if last is not None:
+            self._resume(last)
         try:
+            with Together(self.engine, "opening the log"):
+                self._log = Log(self.run, self.step) if self.engine.process == 0 else None
+            self._tell("start", {"step": self.step, "steps": self.config.steps})
             with Interrupts() as interrupts:
                 return self._run(interrupts)
         except OSError as error:
-            text = (
-                f"{error}; training stopped after step {self.step}, because this could not be written; "
-                f"{self._last_good()}. Make room for it on {self.run}, and go on with resume=True "
-                f"(mambax train --run {self.run} --resume)"
-            )
-            raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
+            raise self._stopped_by(error) from error
         finally:
-            self._tell("end", {"step": self.step})
+            if self.engine.process == 0:
+                self._observe("end", {"step": self.step})
             if self._log is not None:
                 self._log.close()
 
@@ -154,6 +161,16 @@ class Trainer:
             return interrupts.asked
         return self.engine.sum_over_processes([float(interrupts.asked)])[0] > 0
 
+    def _stopped_by(self, error: OSError) -> OSError:
+        """The same error with what it means for the run, and what to do."""
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = f"Make room for it on {self.run}" if full else "Put that right"
+        checkpoint = self.checkpoints.latest()
+        again = "go on with resume=True (--resume on the command line)" if checkpoint else "begin again"
+        text = f"{what}; training stopped after step {self.step}; {self._last_good()}. {advice}, and {again}"
+        return OSError(error.errno, text) if error.errno else OSError(text)
+
     def _last_good(self) -> str:
         last = self.checkpoints.latest()
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
@@ -165,15 +182,22 @@ class Trainer:
         record = {"step": self.step, **numbers, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
         record |= {"tokens_per_second": round(speed, 1), "memory": self.engine.memory()}
         left = (self.config.steps - self.step) * self.seconds / self.step
-        self._tell("step", record | {"steps": self.config.steps, "seconds_left": left})
         every = self.config.log_every
-        if self._log is not None and every and (self.step % every == 0 or self.step in (1, self.config.steps)):
-            self._log.write(record)
+        due = bool(every) and (self.step % every == 0 or self.step in (1, self.config.steps))
+        told = record | {"steps": self.config.steps, "seconds_left": left}
+        self._tell("step", told, logged=record if due else None)
 
-    def _tell(self, kind: str, record: Mapping[str, Any]) -> None:
-        if self.engine.process == 0:
-            for observer in self.observers:
-                observer(kind, record)
+    def _tell(self, kind: str, record: Mapping[str, Any], *, logged: Mapping[str, Any] | None = None) -> None:
+        """Say what happened and write it down, in process 0; where that fails, all processes stop."""
+        with Together(self.engine, f"writing the log ({kind})"):
+            if self.engine.process == 0:
+                self._observe(kind, record)
+                if logged is not None and self._log is not None:
+                    self._log.write(logged)
+
+    def _observe(self, kind: str, record: Mapping[str, Any]) -> None:
+        for observer in self.observers:
+            observer(kind, record)
 
     # --- evaluation and checkpoints --------------------------------------------------------------------------
 
@@ -187,9 +211,7 @@ class Trainer:
             )
         self.evaluated = (self.step, found)
         record = {"step": self.step, **found.record()}
-        if self._log is not None:
-            self._log.write(record)
-        self._tell("evaluation", record)
+        self._tell("evaluation", record, logged=record)
         if self.best is None or found.loss < self.best[1].loss:
             self.best = self.evaluated
             self._save()
@@ -211,8 +233,9 @@ class Trainer:
 
     def _prune(self) -> None:
         """Keep the last checkpoint and the best."""
-        if self.engine.process == 0:
-            self.checkpoints.prune({self.step} | ({self.best[0]} if self.best else set()))
+        with Together(self.engine, "deleting older checkpoints"):
+            if self.engine.process == 0:
+                self.checkpoints.prune({self.step} | ({self.best[0]} if self.best else set()))
 
     def _finish(self) -> Summary:
         done = self.step >= self.config.steps
@@ -220,8 +243,8 @@ class Trainer:
             self._evaluate()
         path = self._save()
         model = self._write_model(path) if done else None
-        if done and self.engine.process == 0:
-            self._tell("note", {"text": curve.draw(self.run)})
+        if done:
+            self._draw()
         best_step, best = self.best or (None, None)
         last = None if self.evaluated is None else self.evaluated[1]
         return Summary(self.step, not done, last, best, best_step, path, model)
@@ -230,14 +253,19 @@ class Trainer:
         """Put the best model where it is easy to find."""
         best = last if self.best is None else self.checkpoints.path(self.best[0])
         target = self.run / (MODEL if self.model.adapter is None else ADAPTER)
-        self.engine.export(best, target)
-        self.engine.sum_over_processes([0.0])  # until it is there
+        with Together(self.engine, "writing the model"):
+            self.engine.export(best, target)
         return target
+
+    def _draw(self) -> None:
+        with Together(self.engine, "drawing the curve"):
+            if self.engine.process == 0:
+                self._observe("note", {"text": curve.draw(self.run)})
 
     # --- resuming --------------------------------------------------------------------------------------------
 
-    def _open(self, resume: bool) -> None:
-        self.run.mkdir(parents=True, exist_ok=True)
+    def _open(self, resume: bool) -> Path | None:
+        """The folder; the checkpoint to go on from, None for a run that begins."""
         last = self.checkpoints.latest()
         if resume and last is None:
             raise ValueError(f"{self.run}: there is no checkpoint to resume from; train without resume to begin")
@@ -245,17 +273,18 @@ class Trainer:
             raise ValueError(
                 f"{self.run}: the folder has a run already, up to {last.name}; resume it, or name another folder"
             )
-        if last is not None:
-            self._resume(last)
+        self.run.mkdir(parents=True, exist_ok=True)
+        return last
 
     def _resume(self, path: Path) -> None:
-        saved = self.checkpoints.read(path, self.engine.process)
-        check_same(saved.info, identity(self.config, self.data, self.engine), self.data, path)
-        self.engine.load(path)
-        self.steps.states = [self.model.load_state(state) for state in saved.states]
+        with Together(self.engine, "reading the checkpoint"):
+            saved = self.checkpoints.read(path, self.engine.process)
+            check_same(saved.info, identity(self.config, self.data, self.engine), self.data, path)
+            self.best, self.evaluated = (from_plain(saved.info[name], path) for name in ("best", "evaluation"))
+            self.steps.states = [self.model.load_state(state) for state in saved.states]
+        with Together(self.engine, "reading the checkpoint"):
+            self.engine.load(path)
         info = saved.info
         self.step, self.tokens, self.seconds = info["step"], info["tokens"], info["seconds"]
         self._saved_at = self.step
-        self.best, self.evaluated = from_plain(info["best"]), from_plain(info["evaluation"])
-        self.engine.sum_over_processes([0.0])  # until all have read it
         self._prune()

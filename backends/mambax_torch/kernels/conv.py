@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mambax.scan import refuse_mask_with_boundaries
 from mambax_torch.conv_ops import last_inputs
-from mambax_torch.cpu_ops import may_call_directly
 from mambax_torch.kernels import conv_kernels
 from mambax_torch.kernels.devices import on_device_of
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.kernels.step import conv_step
+from mambax_torch.operands import ConvOperands
+from mambax_torch.operators import differentiable_once, may_call_directly
 
 KERNELS: Any = conv_kernels  # in whose signatures pyright does not see that numbers may be constants
 BLOCK_T = 32
@@ -60,11 +61,6 @@ def _tables(mask: Tensor | None, boundaries: Tensor | None, past: int, *, backwa
     return _Tables(links, torch.where(exists, after, -2))
 
 
-def _room(x: Tensor, of: Tensor | None) -> Tensor:
-    """Room for a gradient of a tensor, beside x; without elements where it is None."""
-    return x.new_empty(0) if of is None else torch.empty_like(of, memory_format=torch.contiguous_format)
-
-
 def _operands(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, tables: _Tables
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -78,15 +74,9 @@ def _operands(
     return pointers, {"K": weight.shape[2], **switches}
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> Tensor:
+def _forward(given: ConvOperands) -> Tensor:
+    """y (B, L, D)."""
+    x, weight, bias, initial_state, mask, boundaries, activation = given
     batch, length, channels = x.shape
     y = x.new_empty(batch, length, channels)
     if y.numel() == 0:
@@ -110,23 +100,12 @@ def _strides(initial_state: Tensor | None) -> tuple[int, int]:
     return initial_state.shape[1] * initial_state.shape[2], initial_state.shape[2]
 
 
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(given: ConvOperands, dy: Tensor) -> list[Tensor | None]:
+    """The gradients of x, weight, bias and initial_state; None for what is None."""
+    x, weight, bias, initial_state, mask, boundaries, activation = given
     (batch, length, channels), width = x.shape, weight.shape[2]
     if x.numel() == 0:
-
-        def zeros(of: Tensor | None) -> Tensor:
-            return _room(x, None) if of is None else torch.zeros_like(of)
-
-        return zeros(x), zeros(weight), zeros(bias), zeros(initial_state)
+        return [None if of is None else torch.zeros_like(of) for of in (x, weight, bias, initial_state)]
     silu = activation == "silu"
     tables = _tables(mask, boundaries, width - 1, backward=True)
     pointers, switches = _operands(x, weight, bias, initial_state, tables)
@@ -136,8 +115,8 @@ def _gradients(
     chunks = cdiv(tiles, each)
     g = x.new_empty(batch, length, channels) if silu else dy
     partials = x.new_empty((batch * chunks, width + 1, channels), dtype=torch.float32)
-    dx = _room(x, x)
-    dinitial = _room(x, initial_state)
+    dx = x.new_empty(x.shape)
+    dinitial = x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
     shape = {"BLOCK_T": BLOCK_T, "BLOCK_D": block, "num_warps": WARPS}
     rows = cdiv(length + (width - 1) * switches["HAS_INITIAL"], BLOCK_T)
     with on_device_of(x):
@@ -152,79 +131,14 @@ def _gradients(
             g, weight, nexts, numbers, dx, dinitial, *g.stride(), length, channels,
             rows, blocks, **switches, **shape,
         )  # fmt: skip
-    dweight = partials[:, :width].sum(0).t().unsqueeze(1).contiguous().to(weight.dtype)
-    dbias = _room(x, None) if bias is None else partials[:, width].sum(0).to(bias.dtype)
-    return dx, dweight, dbias, dinitial
+    dweight = partials[:, :width].sum(0).t().unsqueeze(1).contiguous()
+    dbias = None if bias is None else partials[:, width].sum(0)
+    return [dx, dweight, dbias, None if initial_state is None else dinitial]
 
 
-@torch.library.custom_op("mambax::triton_causal_conv1d", mutates_args=())
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    """y (B, L, D)."""
-    return _forward(x, weight, bias, initial_state, mask, boundaries, activation)
-
-
-@_conv.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("mambax::triton_causal_conv1d_backward", mutates_args=())
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight, bias and initial_state; without elements for what is None."""
-    return _gradients(dy, x, weight, bias, initial_state, mask, boundaries, activation)
-
-
-@_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _room(x, x), _room(x, weight), _room(x, bias), _room(x, initial_state)
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, mask, boundaries = ctx.saved_tensors
-    gradients = _backward(dy, *tensors, mask, boundaries, ctx.activation)
-    return *(g if of is not None else None for g, of in zip(gradients, tensors, strict=True)), None, None, None
-
-
-_conv.register_autograd(_gradient, setup_context=_context)
+_conv = differentiable_once(
+    "mambax::triton_causal_conv1d", ConvOperands, forward=_forward, room=ConvOperands.room, backward=_backward
+)
 
 
 def causal_conv1d(
@@ -247,11 +161,11 @@ def causal_conv1d(
     _check(x, weight, bias, initial_state, mask, boundaries, activation)
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)
-    direct = may_call_directly((x, weight, bias, initial_state))
-    if direct and x.shape[1] == 1 and initial_state is not None and mask is None and boundaries is None:
-        y, state = conv_step(x[:, 0], weight, bias, initial_state, activation)
-        return y[:, None], state
-    y = (_forward if direct else _conv)(x, weight, bias, initial_state, mask, boundaries, activation)
+        is_step = x.shape[1] == 1 and mask is None and boundaries is None
+        if is_step and may_call_directly((x, weight, bias, initial_state)):
+            y, state = conv_step(x[:, 0], weight, bias, initial_state, activation)
+            return y[:, None], state
+    y = _conv(ConvOperands(x, weight, bias, initial_state, mask, boundaries, activation))
     return y, last_inputs(x, initial_state, weight.shape[2] - 1, mask, boundaries)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ WIDEST_HEAD = (128, 256)
 def missing() -> str:
     """Why there are no kernels at all in this process; empty when Triton is there."""
     try:
-        import triton  # noqa: F401 whether it is there is the question
+        import_module("triton")
     except ImportError as error:
         return f"Triton cannot be imported ({error}); it comes with PyTorch for CUDA, on Linux"
     return ""

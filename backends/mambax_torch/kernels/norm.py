@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambax_torch.cpu_ops import may_call_directly
 from mambax_torch.kernels import norm_kernels
 from mambax_torch.kernels.devices import on_device_of
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
+from mambax_torch.operators import may_call_directly
 
 KERNELS: Any = norm_kernels  # in whose signatures pyright does not see that numbers may be constants
 
@@ -37,6 +37,7 @@ def _rows(x: Tensor) -> Tensor:
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, residual + x (no elements without a residual), and 1 / rms (R,) for the backward pass, if `keep`."""
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     stream = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     width = x.shape[-1]
@@ -82,12 +83,7 @@ def _gradients(
     return dx, dresidual, partials.sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op("mambax::triton_rms_norm", mutates_args=())
-def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, residual + x (no elements without a residual), and 1 / rms (R,) for the backward pass, if `keep`."""
-    return _forward(x, residual, weight, eps, keep)
+_norm = torch.library.custom_op("mambax::triton_rms_norm", _forward, mutates_args=())
 
 
 @_norm.register_fake
@@ -98,12 +94,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, keep: bool
     return y, stream, torch.empty(count, dtype=torch.float32, device=x.device)
 
 
-@torch.library.custom_op("mambax::triton_rms_norm_backward", mutates_args=())
-def _backward(
-    dy: Tensor, dtotal: Tensor | None, s: Tensor, weight: Tensor, inverse: Tensor, x_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of the residual if its dtype is another, and of the weight."""
-    return _gradients(dy, dtotal, s, weight, inverse, x_dtype)
+_backward = torch.library.custom_op("mambax::triton_rms_norm_backward", _gradients, mutates_args=())
 
 
 @_backward.register_fake

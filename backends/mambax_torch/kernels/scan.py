@@ -13,6 +13,7 @@ from torch import Tensor
 from mambax_torch.kernels import scan_adjoint, scan_backward, scan_carry, scan_forward, tuning
 from mambax_torch.kernels.devices import on_device_of
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
+from mambax_torch.operands import ScanOperands
 
 KERNELS: Any = (scan_forward, scan_carry, scan_adjoint, scan_backward)
 FORWARD, CARRY, ADJOINT, BACKWARD = KERNELS  # Any: pyright does not see that constants may be given as numbers
@@ -62,21 +63,9 @@ def flags(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.bool).contiguous().view(torch.uint8)
 
 
-def arguments(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-) -> Arguments:
+def arguments(given: ScanOperands) -> Arguments:
     """The arguments of :func:`mambax.scan.selective_scan`, their shapes already checked, ready for the kernels."""
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, mask, boundaries = given
     u, delta, B, C = map(_rows, (u, delta, B, C))
     return Arguments(
         u, delta, A.float().contiguous(), B, C, None if D is None else D.float().contiguous(),

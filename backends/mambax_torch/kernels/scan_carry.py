@@ -48,7 +48,7 @@ def carry_kernel(
         end = tl.load(ends + cells, mask=known, other=0.0)
         decay = tl.where(total == float("inf"), 0.0, tl.exp2(total * rate[None, :]))
         states = tl.zeros((ROWS, BD), tl.float32)
-        for i in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+        for i in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues] Triton iterates over it
             picked = (number == i)[:, None]
             states = tl.where(picked, h[None, :], states)
             a = tl.sum(tl.where(picked, decay, 0.0), axis=0)

@@ -48,7 +48,7 @@ def advance_kernel(
     Programs: B * (S-1) * blocks, the channels fastest. A: (N, D) contiguous, times log2(e).
     """
     program = tl.program_id(0).to(tl.int64)
-    d, n, has_d, has_n = _columns(program, blocks, D, N, BD, BN)  # pyright: ignore[reportGeneralTypeIssues]
+    d, n, has_d, has_n = _columns(program, blocks, D, N, BD, BN)  # pyright: ignore[reportGeneralTypeIssues] by jit
     segment = program // blocks % (segments - 1)
     batch = program // blocks // (segments - 1)
     u += batch * u_batch
@@ -104,7 +104,7 @@ def output_kernel(
     Programs: B * S * blocks, the channels fastest. starts: (B, S, N, D), or None for zero.
     """
     program = tl.program_id(0).to(tl.int64)
-    d, n, has_d, has_n = _columns(program, blocks, D, N, BD, BN)  # pyright: ignore[reportGeneralTypeIssues]
+    d, n, has_d, has_n = _columns(program, blocks, D, N, BD, BN)  # pyright: ignore[reportGeneralTypeIssues] by jit
     segment = program // blocks % segments
     batch = program // blocks // segments
     u += batch * u_batch
@@ -138,7 +138,7 @@ def output_kernel(
     B_next = row(B + start.to(tl.int64) * B_row, n, wanted, at_start)
     C_next = row(C + start.to(tl.int64) * C_row, n, wanted, at_start)
     for part in range(start, end, chunk):
-        if saved is not None:  # noqa: SIM102 known when compiling
+        if saved is not None:  # noqa: SIM102 known when compiling; joined, both would be compiled for None too
             if part % interval == 0:
                 place = batch * tl.cdiv(length, interval) + part // interval
                 tl.store(saved + place * N * D + cells, h, mask=inside)

@@ -80,8 +80,7 @@ def row(pointer, columns, inside, there):
     inside: (columns,), or None when all are; there: one flag, or None when it is.
     """
     found = both(inside, columns, there)
-    if found is None:  # noqa: SIM108 an expression would make both
-        values = tl.load(pointer + columns)
+    if found is None:
+        return tl.load(pointer + columns)
     else:
-        values = tl.load(pointer + columns, mask=found, other=0.0)
-    return values
+        return tl.load(pointer + columns, mask=found, other=0.0)

@@ -38,10 +38,9 @@ def _strides(x: Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1)
 
 
-def saved_shape(x: Tensor, B: Tensor) -> tuple[int, ...]:
+def saved_shape(batch: int, length: int, heads: int, width: int, states: int) -> tuple[int, ...]:
     """The shape (B, I, H, P, N) of the states that a scan saves."""
-    batch, length, heads, width = x.shape
-    return batch, (length + INTERVAL - 1) // INTERVAL, heads, width, B.shape[3]
+    return batch, (length + INTERVAL - 1) // INTERVAL, heads, width, states
 
 
 class _Steps(NamedTuple):
@@ -128,7 +127,7 @@ def forward(given: Arguments, *, save: bool) -> tuple[Tensor, Tensor, Tensor | N
     x, states = given.x, given.states
     y = room(batch, length, heads, width, like=x, dtype=x.dtype)
     final = room(batch, heads, width, states, like=x)
-    saved = room(*saved_shape(x, given.B), like=x) if save else None
+    saved = room(*saved_shape(*given.sizes, given.states), like=x) if save else None
     if given.empty:
         final.zero_() if given.initial_state is None else final.copy_(given.initial_state)
         return _skipped(given, y), final, saved

@@ -90,7 +90,7 @@ def inputs_kernel(
         decay = decay_between(upper, lower, of_step, T)
         pairs = product(dy_t.to(WORK), tl.trans(x_t.to(WORK)), PRECISION) * decay * step[None, :]
         pairs = tl.where(s[:, None] > s[None, :], pairs * scores, 0.0)
-        of_log = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)  # pyright: ignore[reportOperatorIssue]
+        of_log = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)  # pyright: ignore[reportOperatorIssue] no tuples
         of_product = product(tl.trans((scores * decay).to(WORK)), dy_t.to(WORK), PRECISION)
 
         from_start = decay_from_start(upper, lower, of_step, before)

@@ -83,7 +83,7 @@ def output_kernel(
         C_t = tile(C, C_row, t, n, N, there, EVEN_N).to(WORK)
         B_t = tile(B, B_row, t, n, N, there, EVEN_N).to(WORK)
         x_t = tile(x, x_row, t, p, P, there, EVEN_P)
-        if saved is not None:  # noqa: SIM102 this is decided when compiled
+        if saved is not None:  # noqa: SIM102 known when compiling; joined, both would be compiled for None too
             if chunk % every == 0:
                 to = ((batch * intervals + chunk // every) * H + head) * P * N
                 tl.store(saved + to + cells, h, mask=inside)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mambax_torch.kernels.devices import interpreted
 from mambax_torch.kernels.scan import flags
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
+from mambax_torch.operands import SSDOperands
 
 FILL = 4
 """Programs per processor that cutting time into segments aims at."""
@@ -63,24 +64,13 @@ def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def arguments(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    boundaries: Tensor | None,
-) -> Arguments:
+def arguments(given: SSDOperands) -> Arguments:
     """The arguments of :func:`mambax.ssd.ssd`, their shapes already checked, ready for the kernels."""
+    dt, boundaries = given.dt, given.boundaries
     return Arguments(
-        inner(x), dt if dt.stride(-1) == 1 or dt.shape[-1] == 1 else dt.contiguous(), A.float().contiguous(),
-        inner(B), inner(C), _float(D), _float(dt_bias), dt_softplus, dt_limit, _float(initial_state), flags(mask),
+        inner(given.x), dt if dt.stride(-1) == 1 or dt.shape[-1] == 1 else dt.contiguous(),
+        given.A.float().contiguous(), inner(given.B), inner(given.C), _float(given.D), _float(given.dt_bias),
+        given.dt_softplus, (given.dt_min, given.dt_max), _float(given.initial_state), flags(given.mask),
         None if boundaries is None else boundaries.to(torch.bool).cumsum(1, dtype=torch.int32),
     )  # fmt: skip
 

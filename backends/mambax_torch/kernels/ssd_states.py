@@ -118,7 +118,7 @@ def carry_kernel(
         decay = tl.load(decays + places, mask=there, other=1.0)
         end = tl.load(ends + rows, mask=both, other=0.0)
         states = tl.zeros((ROWS, BC), tl.float32)
-        for i in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+        for i in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues] Triton iterates over it
             picked = number == i
             states = tl.where(picked[:, None], h[None, :], states)
             a = tl.sum(tl.where(picked, decay, 0.0), axis=0)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambax_torch.cpu_ops import may_call_directly
 from mambax_torch.kernels import step_kernels
 from mambax_torch.kernels.devices import on_device_of
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.kernels.step_targets import target_of
+from mambax_torch.operators import may_call_directly
 
 KERNELS: Any = step_kernels  # in whose signatures pyright does not see that numbers may be constants
 
@@ -146,25 +146,17 @@ def scan_step_into(
 def _new_conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, activation: str | None
 ) -> tuple[Tensor, Tensor]:
+    """y (B, D) and the state after (B, K-1, D)."""
     after = target_of(before)
     before = before.contiguous()
     after = torch.empty_like(before) if after is None else after
     return conv_step_into(x, weight, bias, before, after, activation), after
 
 
-@torch.library.custom_op("mambax::triton_conv_step", mutates_args=())
-def _conv_step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, activation: str | None
-) -> tuple[Tensor, Tensor]:
-    """y (B, D) and the state after (B, K-1, D)."""
-    return _new_conv_step(x, weight, bias, before, activation)
-
-
-@_conv_step.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, activation: str | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), before.new_empty(before.shape)
+_conv_step = torch.library.custom_op("mambax::triton_conv_step", _new_conv_step, mutates_args=())
+_conv_step.register_fake(
+    lambda x, weight, bias, before, activation: (x.new_empty(x.shape), before.new_empty(before.shape))
+)
 
 
 def _new_scan_step(
@@ -179,6 +171,7 @@ def _new_scan_step(
     delta_softplus: bool,
     before: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """y (B, D) and the state after (B, D, N) float32."""
     after = target_of(before)
     before = None if before is None else before.float().contiguous()
     if after is None:
@@ -186,37 +179,12 @@ def _new_scan_step(
     return scan_step_into(u, delta, A, B, C, D, z, delta_bias, delta_softplus, before, after), after
 
 
-@torch.library.custom_op("mambax::triton_scan_step", mutates_args=())
-def _scan_step(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    before: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y (B, D) and the state after (B, D, N) float32."""
-    return _new_scan_step(u, delta, A, B, C, D, z, delta_bias, delta_softplus, before)
+_scan_step = torch.library.custom_op("mambax::triton_scan_step", _new_scan_step, mutates_args=())
 
 
 @_scan_step.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    before: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), torch.empty((*u.shape, A.shape[1]), dtype=torch.float32, device=u.device)
+def _(u: Tensor, delta: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), u.new_empty((*u.shape, A.shape[1]), dtype=torch.float32)
 
 
 def conv_step(

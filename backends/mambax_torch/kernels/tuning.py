@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from mambax_cpu.object_files import cache_folder
 
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 
@@ -102,14 +102,8 @@ def _key(device: torch.device, batch: int, length: int, channels: int, states: i
 
 
 def path() -> Path:
-    """The file of measurements, in the user's cache folder."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mambax" / "triton-scan.json"
+    """The file of measurements, in the folder for what mambax keeps on this machine."""
+    return cache_folder() / "triton-scan.json"
 
 
 @cache
