@@ -261,14 +261,19 @@ def start(c: Context) -> list[Group]:
         spec("transformers", "transformers"),
         spec("mlx-lm", "mlx-lm"),
     ]
-    return [
-        Group(
-            "start-up",
-            specs,
-            [{"kind": "start-up"}],
-            c.settings(rounds=min(c.plan.rounds, 3), turn_s=0.0, call_s=60.0),
+    cold = [
+        spec(
+            f"mambax {backend}{', no kernels yet' if without else ''}",
+            "mambax",
+            backend=backend,
+            cold=without,
+            length=64,
         )
+        for backend in ("numpy", "torch")
+        for without in (False, True)
     ]
+    settings = c.settings(rounds=min(c.plan.rounds, 3), turn_s=0.0, call_s=60.0)
+    return [Group(name, made, [{"kind": name}], settings) for name, made in (("start-up", specs), ("first", cold))]
 
 
 def _of_mamba2(name: str) -> Callable[[Context], list[Group]]:

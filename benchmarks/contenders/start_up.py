@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.contender import Job, Task, Unavailable
 from benchmarks.shapes import folder_of, gguf_of
@@ -13,7 +15,7 @@ from benchmarks.shapes import folder_of, gguf_of
 _MAMBAX = """
 import mambax
 model = mambax.load(PATH, backend=BACKEND, device="cpu")
-next(iter(model.generate_streaming([11, 12, 13, 14], max_new_tokens=2, eos=())))
+next(iter(model.generate_streaming(PROMPT, max_new_tokens=2, eos=())))
 """
 _TRANSFORMERS = """
 import torch, transformers
@@ -53,10 +55,19 @@ class StartUp:
         threads: how many.
         backend: of mambax.
         dtype: of the weights.
+        length: tokens of the prompt, of mambax.
+        cold: whether mambax finds no compiled kernels.
     """
 
     def __init__(
-        self, package: str, folder: str, threads: int, backend: str = "numpy", dtype: str = "float32"
+        self,
+        package: str,
+        folder: str,
+        threads: int,
+        backend: str = "numpy",
+        dtype: str = "float32",
+        length: int = 4,
+        cold: bool = False,
     ) -> None:
         if package == "llama.cpp":
             path = gguf_of(Path(folder), {"float32": "F32", "bfloat16": "BF16"}[dtype])
@@ -64,7 +75,8 @@ class StartUp:
             path = folder_of(Path(folder), dtype)
         if not path.exists():
             raise Unavailable(f"there is no {path.name}: pip install llama-cpp-python gguf")
-        values = f"PATH, BACKEND, THREADS = {str(path)!r}, {backend!r}, {threads}\n"
+        self.cold, prompt = cold, list(range(11, 11 + length))
+        values = f"PATH, BACKEND, THREADS, PROMPT = {str(path)!r}, {backend!r}, {threads}, {prompt}\n"
         self.script = values + SCRIPTS[package] + _END
         self.weights = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.iterdir())
 
@@ -73,14 +85,15 @@ class StartUp:
         peaks: list[int] = []
 
         def run() -> float:
-            start = time.perf_counter()
-            with subprocess.Popen(
-                [sys.executable, "-c", self.script], stdout=subprocess.PIPE, text=True
-            ) as process:
-                assert process.stdout is not None
-                found = any(line.strip() == "first token" for line in process.stdout)
-                took = time.perf_counter() - start
-                rest = process.stdout.read().strip()
+            with TemporaryDirectory() as empty:
+                environment = os.environ | ({"MAMBAX_CACHE_DIR": empty} if self.cold else {})
+                command = [sys.executable, "-c", self.script]
+                start = time.perf_counter()
+                with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+                    assert process.stdout is not None
+                    found = any(line.strip() == "first token" for line in process.stdout)
+                    took = time.perf_counter() - start
+                    rest = process.stdout.read().strip()
             if process.returncode or not found:
                 raise RuntimeError(f"the script ended with status {process.returncode}")
             peaks.append(int(rest))
