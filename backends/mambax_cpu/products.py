@@ -36,7 +36,10 @@ _SHORTEST = 128
 _PIECES = 4
 """Tasks for each thread, where there are enough columns and rows for that many."""
 
-_ROUNDS = 5
+_LEAST_ROUNDS = 5
+_ROUNDS = 50
+"""Of a comparison; it ends as soon as ours is the faster one, which other work at that moment may hide for long."""
+
 _NOT_SLOWER = 1.1
 
 
@@ -134,7 +137,9 @@ def is_fast() -> bool:
     a, b = np.full((256, 512), 0.5, np.float32), np.full((768, 512), 0.5, np.float32)
     out = np.empty((256, 768), np.float32)
     ours = theirs = float("inf")
-    for _ in range(_ROUNDS):
+    for done in range(_ROUNDS):
+        if done >= _LEAST_ROUNDS and ours < _NOT_SLOWER * theirs:
+            return True
         start = time.perf_counter()
         np.matmul(a, b.T, out=out)
         middle = time.perf_counter()
