@@ -166,7 +166,7 @@ def test_the_same_bits_every_time():
 def test_the_layout_changes_nothing_but_rounding(monkeypatch):
     values = values_of(1, 17, 9, 3) | flags_of("boundaries", 1, 17)
     want = expected(values, delta_softplus=True)
-    cuts = [tuning.Segments(4, 1, 17), tuning.Segments(8, 5, 4), tuning.Segments(4, 2, 16)]
+    cuts = [tuning.Segments(4, 1, 17), tuning.Segments(8, 5, 4), tuning.Segments(4, 3, 7)]
     for cut, resident in zip(cuts, (1, 3, 50), strict=True):
         monkeypatch.setattr(tuning, "segments_of", lambda *sizes, cut=cut: cut)
         monkeypatch.setattr(tuning, "layout_of", lambda *sizes, n=resident: tuning.Layout(resident=n))

@@ -23,23 +23,33 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import torch
 from mambax_torch import ops
-from mambax_torch.kernels import scan, tuning
+from mambax_torch.kernels import tuning
 from triton_scan_cases import DEVICE, leaves, probes, results, triton_scan, values_of
 
 # --- how it is laid out -------------------------------------------------------------------------------------------
 
 
-def test_segments_cover_every_step_and_fit_the_intervals():
+def test_segments_cover_every_step():
     for batch, length, channels, n in np.random.default_rng(0).integers(1, (9, 9000, 3000, 200), (500, 4)).tolist():
-        interval = scan.interval_of(n)
-        block, number, steps = tuning.segments_of(tuning.Layout(), batch, length, channels, n, interval, 132)
+        block, number, steps = tuning.segments_of(tuning.Layout(), batch, length, channels, n, 132)
         assert block & (block - 1) == 0
         assert (number - 1) * steps < length <= number * steps
-        assert number == 1 or steps % interval == 0 or interval % steps == 0
         if number == 1:
             assert steps == length
-    assert tuning.segments_of(tuning.Layout(), 8, 2048, 5120, 16, 64, 132).number == 1
-    assert tuning.segments_of(tuning.Layout(), 1, 8192, 1536, 16, 64, 132).number > 30
+        else:
+            assert batch * -(-channels // block) * number <= tuning.Layout().fill * 132  # all at the same time
+    assert tuning.segments_of(tuning.Layout(), 8, 2048, 5120, 16, 132).number == 1
+    assert tuning.segments_of(tuning.Layout(), 1, 8192, 1536, 16, 132).number == 66
+
+
+def test_groups_are_few_where_that_costs_little():
+    assert tuning.groups_of(8192, 48, 1056) == 1  # intervals alone are enough for all programs
+    assert tuning.groups_of(8, 48, 1056) == 48
+    for intervals, blocks, programs in np.random.default_rng(0).integers(1, (5000, 200, 2000), (200, 3)).tolist():
+        groups = tuning.groups_of(intervals, blocks, programs)
+        assert 1 <= groups <= blocks
+        rounds, least = (-(-intervals * n // programs) * -(-blocks // n) for n in (groups, blocks))
+        assert rounds <= 1.2 * least
 
 
 def test_a_measurement_is_kept_and_a_broken_file_is_as_good_as_none(monkeypatch, tmp_path):

@@ -24,10 +24,10 @@ NARROW = ("u", "delta", "z", "y", "B", "C", "dy", "du", "ddelta", "dz")
 FLAGS = {"mask": None, "boundaries": None}
 SHAPE = {"SOFTPLUS": True, "EVEN_N": True, "BN": 16}
 KERNELS = {
-    "output": (scan_forward.output_kernel, FLAGS | SHAPE | {"BD": 64}),
-    "advance": (scan_forward.advance_kernel, FLAGS | SHAPE | {"BD": 64}),
+    "output": (scan_forward.output_kernel, FLAGS | SHAPE | {"BD": 64, "SIDE": 2, "INTERVAL": 64}),
+    "advance": (scan_forward.advance_kernel, FLAGS | SHAPE | {"BD": 64, "SIDE": 2}),
     "carry": (scan_carry.carry_kernel, {"BACKWARDS": True, "ROWS": 16, "BD": 32}),
-    "adjoint": (scan_adjoint.adjoint_kernel, FLAGS | SHAPE | {"BD": 64}),
+    "adjoint": (scan_adjoint.adjoint_kernel, FLAGS | SHAPE | {"BD": 64, "SIDE": 2}),
     "gradient": (
         scan_backward.gradient_kernel,
         FLAGS | SHAPE | {"BD": 32, "INTERVAL": 64, "EVEN_T": True, "ONCE": True},

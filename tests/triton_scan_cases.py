@@ -37,7 +37,8 @@ KINDS = pytest.mark.parametrize("kind", ["plain", "mask", "boundaries"])
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter: intervals of 8 steps, windows of 4, segments of 4 or more, blocks of few channels.
+    """In the interpreter: intervals of 8 steps, windows of 4, segments of 4 or more, blocks of few channels, each
+    thread with two of them.
 
     Functions that kernels call become plain Python, as the interpreter prepares each call for a millisecond.
     """
@@ -46,8 +47,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "interval_of", lambda states: 8)
     monkeypatch.setattr(scan_backward, "WINDOW", triton.language.constexpr(4))
     monkeypatch.setattr(scan, "ROWS", 2)
+    monkeypatch.setattr(scan, "LANES", 4)
     monkeypatch.setattr(tuning, "SHORTEST", 4)
-    monkeypatch.setattr(tuning, "FULL", 8)
     monkeypatch.setattr(tuning, "processors", lambda device: 1)
     blocks = tuning.block_of
     monkeypatch.setattr(tuning, "block_of", lambda cells, D, N: min(8, blocks(cells, D, N)))

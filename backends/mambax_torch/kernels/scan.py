@@ -21,6 +21,9 @@ FORWARD, CARRY, ADJOINT, BACKWARD = KERNELS  # Any: pyright does not see that co
 ROWS = 16
 """Segments that a program of the carry kernel reads at once."""
 
+LANES = 32
+"""Threads of a program."""
+
 LAUNCH: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 """Single warps throughout; products and sums fused whatever Triton's default is."""
 
@@ -95,9 +98,15 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
 
-def _sizes_of_block(block: int, channels: int, states: int) -> dict[str, Any]:
+def _sizes_of_block(block: int, states: int) -> dict[str, Any]:
     padded = next_power_of_2(states)
     return {"EVEN_N": padded == states, "BD": block, "BN": padded, **LAUNCH}
+
+
+def _side(block: int, channels: int) -> dict[str, Any]:
+    """How many channels of a block a thread reads at once, so that it may hold the same ones side by side."""
+    each = max(1, block // LANES)
+    return {"SIDE": each if channels % each == 0 else 1}
 
 
 def _carry(
@@ -140,8 +149,8 @@ def forward(
         return y, final, saved
     interval = interval_of(states)
     layout = layout or tuning.layout_of(u.device, *given.sizes)
-    block, segments, steps = tuning.segments_of(layout, *given.sizes, interval, tuning.processors(u.device))
-    blocks, shape = cdiv(channels, block), _sizes_of_block(block, channels, states)
+    block, segments, steps = tuning.segments_of(layout, *given.sizes, tuning.processors(u.device))
+    blocks, shape = cdiv(channels, block), _sizes_of_block(block, states) | _side(block, channels)
     shape["SOFTPLUS"] = given.delta_softplus
     A = given.A.t().contiguous()
     marks = (given.mask, given.boundaries)
@@ -161,8 +170,7 @@ def forward(
             u, given.delta, A, given.B, given.C, given.D, given.z, given.delta_bias, *marks,
             starts, y, final, saved,
             *_strides(u), *_strides(given.delta), *_strides(given.B), *_strides(given.C), *_strides(given.z),
-            channels, channels, length, channels, states, blocks, segments, steps, min(steps, interval), interval,
-            **shape,
+            channels, channels, length, channels, states, blocks, segments, steps, INTERVAL=interval, **shape,
         )  # fmt: skip
     return y, final, saved
 
@@ -229,13 +237,13 @@ def backward(
             dy, delta, A, given.C, z, given.delta_bias, *marks, adjoints, sums,
             *_strides(dy), *_strides(delta), *_strides(given.C), *_strides(z), channels, channels,
             length, channels, states, blocks, intervals, interval,
-            **softplus, **_sizes_of_block(block, channels, states),
+            **softplus, **_sizes_of_block(block, states), **_side(block, channels),
         )  # fmt: skip
         _carry(adjoints, sums, A, dfinal, initial, backwards=True)
         block = tuning.block_of(512, channels, states)
         blocks = cdiv(channels, block)
         programs = layout.resident * tuning.processors(u.device)
-        groups = min(blocks, cdiv(8 * programs, batch * intervals))  # eight items for each, to end together
+        groups = tuning.groups_of(batch * intervals, blocks, programs)
         programs = min(programs, batch * intervals * groups)
         dB, dC = (room(groups, batch, length, states, like=u) for _ in range(2))
         dskip, dbias = (room(batch, intervals, channels, like=u) for _ in range(2))
@@ -247,7 +255,7 @@ def backward(
             *_strides(dy), *_strides(u), *_strides(delta), *_strides(given.B), *_strides(given.C), *_strides(z),
             length, channels, states, blocks, groups, intervals, batch, programs,
             INTERVAL=interval, EVEN_T=length % BACKWARD.TILE.value == 0, ONCE=groups == blocks,
-            **softplus, **_sizes_of_block(block, channels, states),
+            **softplus, **_sizes_of_block(block, states),
         )  # fmt: skip
     return Gradients(
         u=du, delta=ddelta, A=adjoints.sum((0, 1)).t().contiguous(), B=dB.sum(0), C=dC.sum(0),

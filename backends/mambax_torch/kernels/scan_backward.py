@@ -68,9 +68,9 @@ def _decay(dt, rates, boundaries, t, end):
 @triton.jit
 def _step(u, delta, B, there, d, n, has_d, has_n, shift, SOFTPLUS: tl.constexpr):
     """Of the step whose rows these are: delta with its bias, dt, u (BD,) and B (BN,), in float32."""
-    raw = row(delta, d, has_d, there).to(tl.float32) + shift
-    now = row(u, d, has_d, there).to(tl.float32)
-    b = row(B, n, has_n, there).to(tl.float32)
+    raw = row(delta + d, has_d, there).to(tl.float32) + shift
+    now = row(u + d, has_d, there).to(tl.float32)
+    b = row(B + n, has_n, there).to(tl.float32)
     return raw, time_step(raw, 0.0, there, SOFTPLUS), now, b
 
 
@@ -93,7 +93,7 @@ def _forward(h, dt, now, b, rates, boundaries, t, end):
 @triton.jit
 def _store(pointer, columns, values, inside, there):
     """Store a row where its columns are inside and its step is there; None for what always is."""
-    found = both(inside, columns, there)
+    found = both(inside, there, values.shape)
     values = values.to(pointer.dtype.element_ty)
     if found is None:
         tl.store(pointer + columns, values)
@@ -102,11 +102,9 @@ def _store(pointer, columns, values, inside, there):
 
 
 @triton.jit
-def _add(pointer, columns, values, inside, there, again):
-    """Store a row, where `again` added to what was stored."""
-    if again is not None:
-        values += row(pointer, columns, inside, again if there is None else again & there)
-    _store(pointer, columns, values, inside, there)
+def _earlier(pointers, inside, there, again):
+    """What earlier blocks of channels have summed up, (columns,), where `again`; 0 where there are none."""
+    return 0.0 if again is None else row(pointers, inside, again if there is None else again & there)
 
 
 @triton.jit
@@ -120,12 +118,14 @@ def _backward(
     adjoint: (BD, BN) gradient of the state after the step, from later steps; returned is that of the one before.
     """
     written = None if EVEN_T else t < end
-    g = row(dy, d, has_d, there).to(tl.float32)
-    c = row(C, n, has_n, there).to(tl.float32)
+    sum_C = _earlier(dC + n, has_n, written, again)  # read here, long before they are needed
+    sum_B = _earlier(dB + n, has_n, written, again)
+    g = row(dy + d, has_d, there).to(tl.float32)
+    c = row(C + n, has_n, there).to(tl.float32)
     x = dt * now
     dout, gate, s = g, g, g  # for what is not there without a gate
     if z is not None:
-        gate = row(z, d, has_d, there).to(tl.float32)
+        gate = row(z + d, has_d, there).to(tl.float32)
         s = sigmoid(gate)
         g = dout * gate * s
     a = _decay(dt, rates, boundaries, t, end)
@@ -137,8 +137,8 @@ def _backward(
             out += direct * now
         _store(dz, d, dout * out * s * (1.0 + gate * (1.0 - s)), has_d, written)
     adjoint += g[:, None] * c[None, :]
-    _add(dC, n, tl.sum(g[:, None] * h, axis=0), has_n, written, again)
-    _add(dB, n, tl.sum(x[:, None] * adjoint, axis=0), has_n, written, again)
+    _store(dC, n, tl.sum(g[:, None] * h, axis=0) + sum_C, has_n, written)
+    _store(dB, n, tl.sum(x[:, None] * adjoint, axis=0) + sum_B, has_n, written)
     of_x = tl.sum(adjoint * b[None, :], axis=1)
     q = adjoint * kept
     dA += dt[:, None] * q
@@ -163,18 +163,31 @@ def _sweep(
     d, n, has_d, has_n, shift, rates,
     KEEP, SOFTPLUS: tl.constexpr, EVEN_T: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The state `stop` steps into an interval, from that after `begin`; with KEEP, one of TILE is stored."""
+    """The state `stop` steps into an interval, from that after `begin`; with KEEP, one of TILE is stored.
+
+    A step is read one ahead of its use, as forwards.
+    """
+    first = tl.cast(begin, tl.int64)
+    u_at, delta_at, B_at = u + first * u_row + d, delta + first * delta_row + d, B + first * B_row + n
+    at_begin = _there(mask, start + begin, end, EVEN_T)
+    u_next = row(u_at, has_d, at_begin)
+    delta_next = row(delta_at, has_d, at_begin)
+    B_next = row(B_at, has_n, at_begin)
     for tile in range((stop - begin) // TILE):
         if KEEP:
             tl.store(places + tile * (BD * BN), h)
         for i in range(TILE):
-            step = tl.cast(begin + tile * TILE + i, tl.int64)
             t = start + begin + tile * TILE + i
-            there = _there(mask, t, end, EVEN_T)
-            _, dt, now, b = _step(
-                u + step * u_row, delta + step * delta_row, B + step * B_row, there,
-                d, n, has_d, has_n, shift, SOFTPLUS,
-            )  # fmt: skip
+            dt = time_step(delta_next, shift, _there(mask, t, end, EVEN_T), SOFTPLUS)
+            now, b = u_next.to(tl.float32), B_next.to(tl.float32)
+            hop = tl.minimum(start + stop - 1 - t, 1)
+            at_following = _there(mask, t + hop, end, EVEN_T)
+            u_at += hop * u_row
+            delta_at += hop * delta_row
+            B_at += hop * B_row
+            u_next = row(u_at, has_d, at_following)
+            delta_next = row(delta_at, has_d, at_following)
+            B_next = row(B_at, has_n, at_following)
             h = _forward(h, dt, now, b, rates, boundaries, t, end)
     return h
 
@@ -263,7 +276,8 @@ def gradient_kernel(
                     dz_0 = None if z is None else dz + to
                     dz_1 = None if z is None else dz + to + D
                     to_N = (group * batches * length + first + step) * N
-                    there0, there1 = _there(mask_, t, end, EVEN_T), _there(mask_, t + 1, end, EVEN_T)
+                    there0 = _there(mask_, t, end, EVEN_T)  # not as a pair: Triton 3.6 knows no tuple of None
+                    there1 = _there(mask_, t + 1, end, EVEN_T)
                     raw0, dt0, now0, b0 = _step(u_t, delta_t, B_t, there0, d, n, has_d, has_n, shift, SOFTPLUS)
                     raw1, dt1, now1, b1 = _step(
                         u_t + u_row, delta_t + delta_row, B_t + B_row, there1, d, n, has_d, has_n, shift, SOFTPLUS

@@ -62,25 +62,25 @@ def flag(flags, t):
 
 
 @triton.jit
-def both(inside, columns, there):
-    """(columns,) whether a column is inside and the step there; None for what is always so, and when both are."""
+def both(inside, there, shape: tl.constexpr):
+    """(columns,) whether a column is inside and the step there; None for what always is, and when both are."""
     if there is None:
         found = inside
     elif inside is None:
-        found = tl.where(there, columns >= 0, False)
+        found = tl.where(there, tl.full(shape, True, tl.int1), False)
     else:
         found = tl.where(there, inside, False)
     return found
 
 
 @triton.jit
-def row(pointer, columns, inside, there):
-    """A row from where it starts, in its dtype; zero where a column is not inside, or the step not there.
+def row(pointers, inside, there):
+    """What lies at pointers (columns,), in its dtype; zero where a column is not inside, or the step not there.
 
     inside: (columns,), or None when all are; there: one flag, or None when it is.
     """
-    found = both(inside, columns, there)
+    found = both(inside, there, pointers.shape)
     if found is None:
-        return tl.load(pointer + columns)
+        return tl.load(pointers)
     else:
-        return tl.load(pointer + columns, mask=found, other=0.0)
+        return tl.load(pointers, mask=found, other=0.0)

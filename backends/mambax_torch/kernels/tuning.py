@@ -21,32 +21,32 @@ from mambax_cpu.object_files import cache_folder
 
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 
-SHORTEST = 32
-"""Steps of a segment, at least; a power of two. Starting one costs about as much as some steps."""
+SHORTEST = 16
+"""Steps of a segment, at least. Starting one costs about as much as some steps."""
 
-FULL = 4
-"""Programs per processor from which time is not cut into segments: one for each of its schedulers."""
+AGAIN = 1.1
+"""How much longer a block of channels takes whose sums are added to those of blocks before."""
 
 
 class Layout(NamedTuple):
     """What can be chosen.
 
     Attributes:
-        cells: d_state times channels of a program where time is cut into segments.
-        whole: the same, at most, where it is not.
-        fill: programs per processor that cutting time into segments aims at.
+        cells: d_state times channels of a program, where time is cut into segments.
+        full: programs per processor from which it is not: two for each of its schedulers, by default.
+        fill: programs per processor that cutting it aims at: as many as find registers.
         resident: programs per processor in the gradient kernel.
     """
 
     cells: int = 1024
-    whole: int = 1024
-    fill: int = 8
+    full: int = 8
+    fill: int = 12
     resident: int = 8
 
 
 CANDIDATES = (
-    Layout(), Layout(cells=512, whole=512), Layout(cells=512, whole=512, fill=16), Layout(fill=16), Layout(fill=4),
-    Layout(resident=6), Layout(resident=12),
+    Layout(), Layout(full=4), Layout(full=16), Layout(full=16, fill=16), Layout(full=16, fill=8),
+    Layout(cells=512, full=16, fill=16), Layout(resident=6), Layout(resident=12),
 )  # fmt: skip
 
 
@@ -69,19 +69,32 @@ def block_of(cells: int, channels: int, states: int) -> int:
     return max(1, min(cells // next_power_of_2(states), 128, next_power_of_2(channels)))
 
 
-def segments_of(
-    layout: Layout, batch: int, length: int, channels: int, states: int, interval: int, processors: int
-) -> Segments:
-    """How the forward pass cuts a scan: into multiples of the interval, or a power of two that divides it."""
-    for cells in (1024, 512, 256):
+def segments_of(layout: Layout, batch: int, length: int, channels: int, states: int, processors: int) -> Segments:
+    """How the forward pass cuts a scan. All programs of a cut one are to run at the same time."""
+    for cells in (1024, 512):
         block = block_of(cells, channels, states)
-        if cells <= layout.whole and batch * cdiv(channels, block) >= FULL * processors:
+        if batch * cdiv(channels, block) >= layout.full * processors:
             return Segments(block, 1, length)
     block = block_of(layout.cells, channels, states)
-    wanted = cdiv(layout.fill * processors, batch * cdiv(channels, block))
-    steps = max(SHORTEST, cdiv(length, wanted))
-    steps = next_power_of_2(steps) if steps <= interval else interval * cdiv(steps, interval)
+    most = max(1, layout.fill * processors // (batch * cdiv(channels, block)))
+    steps = max(SHORTEST, cdiv(length, most))
     return Segments(block, cdiv(length, steps), steps) if steps < length else Segments(block, 1, length)
+
+
+@cache
+def groups_of(intervals: int, blocks: int, programs: int) -> int:
+    """Into how many groups the gradient kernel takes blocks of channels: as few as cost little time.
+
+    Each group has sums of its own over its channels, in memory; a program takes the blocks of a group and of an
+    interval one after another.
+    """
+
+    def time(groups: int) -> float:
+        rounds = cdiv(intervals * groups, programs) * cdiv(blocks, groups)
+        return rounds * (1.0 if groups == blocks else AGAIN)
+
+    times = [time(groups) for groups in range(1, blocks + 1)]
+    return 1 + next(i for i, found in enumerate(times) if found <= 1.2 * min(times))
 
 
 def layout_of(device: torch.device, batch: int, length: int, channels: int, states: int) -> Layout:
