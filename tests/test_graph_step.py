@@ -76,9 +76,20 @@ def test_more_rows_with_products_between(monkeypatch):
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_narrow_weights(wide, rows, monkeypatch):
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 4), ("bfloat16", 3), ("float16", 4)])
+def test_narrow_weights(dtype, width, wide, rows, monkeypatch):
     monkeypatch.setattr(step_block, "FEW_ROWS", rows)
-    compare(*stack(2, "bfloat16", residual_in_fp32=wide, use_bias=False), "bfloat16")
+    compare(*stack(2, dtype, residual_in_fp32=wide, use_bias=False, d_conv=width), dtype)
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_taps_that_are_read_together(width):
+    """Four of 16 bits are one number of 64, where memory is aligned to it."""
+    weight = torch.zeros(6, 1, width, dtype=torch.bfloat16, device=DEVICE)
+    assert (step_block._four_in_one(weight) is None) == (width != 4)
+    assert step_block._four_in_one(weight.float()) is None
+    shifted = torch.zeros(6 * width + 2, dtype=torch.bfloat16, device=DEVICE)[2:].view(6, 1, width)
+    assert step_block._four_in_one(shifted) is None
 
 
 def test_without_bias_of_the_convolution():

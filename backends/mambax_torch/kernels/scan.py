@@ -27,6 +27,9 @@ LANES = 32
 LAUNCH: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 """Single warps throughout; products and sums fused whatever Triton's default is."""
 
+REGISTERS = 168
+"""Of a thread of the output kernel: room for twelve programs on a processor, and none of the kernel spills."""
+
 
 class Arguments(NamedTuple):
     """What a scan is given, ready for the kernels; made by :func:`arguments`."""
@@ -170,7 +173,8 @@ def forward(
             u, given.delta, A, given.B, given.C, given.D, given.z, given.delta_bias, *marks,
             starts, y, final, saved,
             *_strides(u), *_strides(given.delta), *_strides(given.B), *_strides(given.C), *_strides(given.z),
-            channels, channels, length, channels, states, blocks, segments, steps, INTERVAL=interval, **shape,
+            channels, channels, length, channels, states, blocks, segments, steps, INTERVAL=interval,
+            maxnreg=REGISTERS, **shape,
         )  # fmt: skip
     return y, final, saved
 

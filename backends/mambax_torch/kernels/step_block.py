@@ -16,6 +16,9 @@ from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 
 KERNELS: Any = step_block_kernels  # in whose signatures pyright does not see that numbers may be constants
 
+WIDEST = 8192
+"""Channels that x_proj's kernel takes at once, at most."""
+
 FEW_ROWS = 8
 """Rows up to which the two launches are used: each row reads x_proj and dt_proj by itself, from the cache."""
 
@@ -51,21 +54,30 @@ def mixed(
     y = torch.empty((batch, channels), dtype=xz.dtype, device=xz.device)
     x, z = xz[:, :channels], xz[:, channels:]
     bias = xz if conv_bias is None else conv_bias
-    switches = {"K": width, "HAS_BIAS": conv_bias is not None}
-    block_o = 2
+    taps = _four_in_one(conv_weight)
+    switches = {"K": width, "HAS_BIAS": conv_bias is not None, "PACKED": taps is not None}
+    taps = conv_weight if taps is None else taps
+    block_o, wide_d = 2, min(WIDEST, next_power_of_2(channels))
     blocks_o = cdiv(outputs, block_o)
     wide = next_power_of_2(count)
     block_d = max(1, min(256 // wide, next_power_of_2(channels)))
     blocks_d = cdiv(channels, block_d)
     with on_device_of(xz):
         KERNELS.x_proj_kernel[(batch * blocks_o,)](
-            x, conv_weight, bias, conv_before, x_weight, dbc, xz.stride(0), channels, outputs, blocks_o,
-            **switches, BLOCK_O=block_o, BLOCK_D=min(1024, next_power_of_2(channels)), num_warps=4,
+            x, taps, bias, conv_before, x_weight, dbc, xz.stride(0), channels, outputs, blocks_o,
+            **switches, BLOCK_O=block_o, BLOCK_D=wide_d, num_warps=min(16, max(4, wide_d // 512)),
         )  # fmt: skip
         KERNELS.scan_kernel[(batch * blocks_d,)](
-            x, z, conv_weight, bias, conv_before, conv_after, dbc, dt_weight, xz if dt_bias is None else dt_bias,
+            x, z, taps, bias, conv_before, conv_after, dbc, dt_weight, xz if dt_bias is None else dt_bias,
             A_log, skip, before, ssm_after, y, xz.stride(0), channels, count, rank, blocks_d,
             **switches, HAS_DT_BIAS=dt_bias is not None, BLOCK_D=block_d, BLOCK_N=wide,
             BLOCK_R=min(64, next_power_of_2(rank)), num_warps=2,
         )  # fmt: skip
     return y
+
+
+def _four_in_one(weight: Tensor) -> Tensor | None:
+    """The taps (D, 1, 4) of a convolution in 16 bits as (D,) int64; None where they are not so many and narrow."""
+    if weight.shape[2] != 4 or weight.element_size() != 2 or weight.data_ptr() % 8 or weight.storage_offset() % 4:
+        return None
+    return weight.view(torch.int64).view(-1)
