@@ -2,13 +2,15 @@
 
 Runs the tests that need an NVIDIA GPU, compute-sanitizer, and all measurements, and writes ``gpu.json``, ``gpu.md``
 and plots to ``benchmarks/results``. It needs PyTorch, the source tree, and no network; nothing has to be installed.
-Each part is a process of its own, of five minutes at most: one that dies costs no other. Parts that are not run now
-keep their earlier results. ``--dry-run`` does every part on the CPU at tiny sizes, in this process.
+Each part is a process of its own, of five minutes at most (nine for compiling the peers): one that dies costs no
+other. Parts that are not run now keep their earlier results. ``--dry-run`` does every part on the CPU, at tiny
+sizes, in this process.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -24,39 +26,55 @@ from benchmarks import gpu_report, machine, results
 from benchmarks.gpu_goals import goals
 from benchmarks.gpu_plans import MODELS, PLANS
 from benchmarks.harness import Case, Entry
-from benchmarks.processes import ROOT
 from benchmarks.report import RESULTS, goals_table
 
 LIMIT_S = 300.0
 """Seconds after which a part's process is ended."""
 
+COMPILING_S = 560.0
+"""The same for ``peers``, which measures nothing."""
+
 Part = Callable[[Any], Iterator[Case]]
 
 
 def parts_by_name() -> dict[str, Part]:
-    """The parts, in the order in which they are run. ``limits`` is part of every run. Imports torch."""
-    from benchmarks import gpu_commands, gpu_kernels, gpu_models, gpu_scan, gpu_ssd
+    """The parts, in the order in which they are run: what counts most comes first. ``limits`` is part of every run.
+
+    Imports torch.
+    """
+    from benchmarks import (
+        gpu_commands,
+        gpu_kernels,
+        gpu_models,
+        gpu_profile,
+        gpu_scan,
+        gpu_ssd,
+        gpu_training,
+        gpu_tuning,
+    )
 
     return {
         "limits": gpu_kernels.limits,
         "tests": gpu_commands.tests,
-        "sanitizer": gpu_commands.sanitizer,
         "peers": gpu_commands.peers,
+        "tune": gpu_tuning.cases,
         "scan": lambda c: gpu_scan.cases(c, backward=False),
         "scan-backward": lambda c: gpu_scan.cases(c, backward=True),
+        "decode": gpu_models.decode,
+        "prefill": gpu_models.prefill,
+        "training": gpu_training.cases,
+        "profile": gpu_profile.cases,
         "ssd": gpu_ssd.cases,
         "kernels": gpu_kernels.kernels,
         "long": gpu_kernels.long,
         "million": gpu_models.million,
-        "prefill": gpu_models.prefill,
-        "decode": gpu_models.decode,
-        "training": gpu_models.training,
+        "sanitizer": gpu_commands.sanitizer,
     }
 
 
 NAMES = (
-    "limits", "tests", "sanitizer", "peers", "scan", "scan-backward", "ssd", "kernels", "long", "million",
-    "prefill", "decode", "training",
+    "limits", "tests", "peers", "tune", "scan", "scan-backward", "decode", "profile", "prefill", "training", "ssd",
+    "kernels", "long", "million", "sanitizer",
 )  # fmt: skip
 
 
@@ -71,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = results.load(path)
     limits: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="mambax-gpu-") as folder:
+        if chosen.plan != "full":
+            _prepare_dry_run(Path(folder))
         for name in chosen.only:
             print(f"--- {name}", flush=True)
             part = _part(chosen, name, Path(folder))
@@ -87,6 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.plan == "full":
         print("\n".join(goals_table(goals({name: parts[name] for name in chosen.only}))))
     return _failures({name: parts[name] for name in chosen.only})
+
+
+def _prepare_dry_run(folder: Path) -> None:
+    """Parts run in this process: it needs mambax, and Triton's interpreter before anything imports Triton."""
+    from benchmarks.gpu_commands import use_source_tree
+
+    use_source_tree(folder)
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -128,20 +156,18 @@ def _part(chosen: argparse.Namespace, name: str, folder: Path) -> results.Part:
     if chosen.plan != "full":
         _measure(chosen, name, file)
         return results.load(file)[name]
-    from benchmarks.gpu_commands import environment
+    from benchmarks.gpu_commands import environment, finished
 
     peers = [] if chosen.peers is None else ["--peers", str(chosen.peers)]
     command = [sys.executable, "-m", "benchmarks.gpu", "--child", name, "--child-file", str(file), *peers]
     start = time.perf_counter()
+    limit = COMPILING_S if name == "peers" else LIMIT_S
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment(folder), timeout=LIMIT_S, capture_output=True, text=True,
-            check=False, encoding="utf-8", errors="replace",
-        )  # fmt: skip
+        done = finished(command, limit, environment(folder))
         lines = done.stderr.strip().splitlines() or ["nothing on standard error"]
         lost = f"its process ended with status {done.returncode}: {lines[-1][:300]}" if done.returncode else ""
     except subprocess.TimeoutExpired:
-        lost = f"its process was stopped after {LIMIT_S:.0f} s"
+        lost = f"its process was stopped after {limit:.0f} s"
     part = results.load(file).get(name) or _empty(chosen, name)
     part.command = _command(chosen)
     part.elapsed_s = time.perf_counter() - start

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_peers
+from benchmarks import gpu_peers, gpu_quantized
 from benchmarks.contender import Job
 from benchmarks.gpu_context import Context
 from benchmarks.gpu_rivals import Rival
@@ -56,12 +56,13 @@ def _against(want: torch.Tensor) -> Callable[[torch.Tensor], dict[str, float]]:
 
 
 def kernels(c: Context) -> Iterator[Case]:
-    """Convolution and norm, forwards and with gradients."""
+    """Convolution and norm, forwards and with gradients; products with quantised weights."""
     for backward in (False, True):
         for channels in c.plan.widths:
             yield _convolution(c, channels, backward)
         for channels in c.plan.widths:
             yield _norm(c, channels, backward)
+    yield from gpu_quantized.products(c)
 
 
 def _job(c: Context, channels: int, backward: bool) -> Job:

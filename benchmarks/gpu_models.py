@@ -1,4 +1,4 @@
-"""Whole models on the GPU beside others: decoding, prefill, a million tokens, a training step.
+"""Whole models on the GPU beside others: decoding, prefill, a million tokens.
 
 Weights are random; mamba_ssm and transformers get those of mambax, and their logits are compared with its.
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from benchmarks import gpu_peers
 from benchmarks.contender import Unavailable
@@ -37,12 +36,12 @@ def mambax_model(c: Context, name: str, dtype: torch.dtype) -> Any:
     values = {}
     for path, held in nn.parameters(model).items():
         wide = dtype if not path.endswith(FLOAT32_ALWAYS) else torch.float32
-        values[path] = _values(path, tuple(held.shape), generator, c.plan.device).to(wide)
+        values[path] = random_values(path, tuple(held.shape), generator, c.plan.device).to(wide)
     nn.set_parameters(model, values)
     return model.eval()
 
 
-def _values(path: str, shape: tuple[int, ...], generator: torch.Generator, device: str) -> torch.Tensor:
+def random_values(path: str, shape: tuple[int, ...], generator: torch.Generator, device: str) -> torch.Tensor:
     """Random values of the sizes that a trained model has, float32."""
     if path.endswith("A_log"):
         return torch.arange(1, shape[1] + 1, device=device).float().log().expand(shape).contiguous()
@@ -81,12 +80,12 @@ def transformers_model(c: Context, name: str, dtype: torch.dtype, weights: dict[
     return model.to(device=c.plan.device, dtype=dtype).eval()
 
 
-def _ids(c: Context, name: str, batch: int, length: int) -> torch.Tensor:
+def token_ids(c: Context, name: str, batch: int, length: int) -> torch.Tensor:
     ids = np.random.default_rng(length).integers(0, MODELS[name]["vocab_size"], (batch, length))
     return torch.from_numpy(ids).to(c.plan.device)
 
 
-def _weights(model: Any) -> dict[str, torch.Tensor]:
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
     return {path: value.detach() for path, value in model.named_parameters()}
 
 
@@ -107,7 +106,7 @@ def prefill(c: Context) -> Iterator[Case]:
     """Reading a prompt, up to the logits of the next token."""
     name, (batch, length) = c.plan.prefill
     model = mambax_model(c, name, c.dtype)
-    ids, weights = _ids(c, name, batch, length), _weights(model)
+    ids, weights = token_ids(c, name, batch, length), weights_of(model)
     with torch.no_grad():
         want = model(ids, logits_to_keep=1).logits[:, -1].float()
 
@@ -132,7 +131,7 @@ def million(c: Context) -> Iterator[Case]:
     """One very long prompt, at once and in chunks: the logits must be the same."""
     name, length = c.plan.long_model, c.plan.long
     model = mambax_model(c, name, c.dtype)
-    ids = _ids(c, name, 1, length)
+    ids = token_ids(c, name, 1, length)
 
     def chunked(size: int) -> Callable[[], Any]:
         def run() -> Any:
@@ -159,15 +158,16 @@ def million(c: Context) -> Iterator[Case]:
 
 def decode(c: Context) -> Iterator[Case]:
     """A token of each row; the weights' bytes, which every step reads, are among the figures."""
+    from benchmarks import gpu_quantized  # which imports this
+
     name, batches, steps = c.plan.decode
     model = mambax_model(c, name, c.dtype)
-    weights = _weights(model)
-    size = sum(value.nbytes for value in weights.values())
+    weights = weights_of(model)
     for batch in batches:
-        state = sum(array.nbytes for array in model.init_state(batch).arrays().values())
-        figures = {"weights": float(size), "state": float(state)}
+        figures = read_by_a_step(model, batch)
         rivals = [
-            Rival("mambax graph", _graph_steps(c, model, batch, steps), lambda _, f=figures: f, steps),
+            Rival("mambax graph", graph_steps(c, model, batch, steps), lambda _, f=figures: f, steps),
+            *(gpu_quantized.decoding(c, name, kind, batch, steps) for kind in ("int8", "int4")),
             Rival("mambax generate", _generate(c, model, batch, steps), lambda _, f=figures: f, steps),
             Rival("mamba_ssm graph", _official_steps(c, name, batch, steps, weights), parts=steps),
         ]
@@ -175,7 +175,18 @@ def decode(c: Context) -> Iterator[Case]:
         yield c.arena.compare("decode", job, rivals, alone=True)
 
 
-def _graph_steps(c: Context, model: Any, batch: int, steps: int) -> Callable[[], Callable[[], Any]]:
+def read_by_a_step(model: Any, batch: int) -> dict[str, float]:
+    """Bytes of the weights and of the state; all that a step moves, and its multiplications and additions."""
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = float(sum(tensor.nbytes for tensor in tensors))
+    state = float(sum(array.nbytes for array in model.init_state(batch).arrays().values()))
+    halves = sum(tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1) for tensor in tensors)
+    return {
+        "weights": weights, "state": state, "bytes": weights + 2 * state, "operations": 2.0 * batch * halves,
+    }  # fmt: skip
+
+
+def graph_steps(c: Context, model: Any, batch: int, steps: int) -> Callable[[], Callable[[], Any]]:
     """The captured step by itself, greedy; without a GPU the same steps are run as they are."""
 
     def make() -> Callable[[], Any]:
@@ -213,79 +224,7 @@ def _official_steps(
 
     def make() -> Callable[[], Any]:
         model = mamba_ssm_model(c, name, c.dtype, weights)
-        ids = _ids(c, name, batch, 1)
+        ids = token_ids(c, name, batch, 1)
         return lambda: model.generate(ids, max_length=1 + steps, cg=True, top_k=1)
 
     return make
-
-
-# --- training ------------------------------------------------------------------------------------------------
-
-
-def training(c: Context) -> Iterator[Case]:
-    """Forward under bfloat16 autocast, cross-entropy, backward, AdamW; with and without gradient checkpointing."""
-    for name, (batch, length) in c.plan.training:
-        ids = _ids(c, name, batch, length + 1)
-        for again in (False, True):
-            job = {
-                "kind": "training", "model": name, "batch": batch, "length": length, "checkpointing": again,
-                "precision": "bfloat16",
-            }  # fmt: skip
-            rivals = [
-                Rival(label, _step(c, make, name, ids, again), gradients=True) for label, make in TRAINED.items()
-            ]
-            yield c.arena.compare("training", job, rivals, alone=True)
-
-
-def _ours(c: Context, name: str, again: bool) -> tuple[Any, Callable[[Any], Any]]:
-    model = mambax_model(c, name, torch.float32).train()
-    model.backbone.gradient_checkpointing = again
-    return model, lambda ids: model(ids).logits
-
-
-def _mamba_ssm(c: Context, name: str, again: bool) -> tuple[Any, Callable[[Any], Any]]:
-    """mamba_ssm has no checkpointing of its own: its blocks are wrapped in torch's."""
-    from torch.utils.checkpoint import checkpoint
-
-    model = mamba_ssm_model(c, name, torch.float32, _weights(mambax_model(c, name, torch.float32))).train()
-    for layer in model.backbone.layers if again else ():
-        forward = layer.forward
-        layer.forward = lambda *given, f=forward, **options: checkpoint(f, *given, use_reentrant=False, **options)
-    return model, lambda ids: model(ids).logits
-
-
-def _transformers(c: Context, name: str, again: bool) -> tuple[Any, Callable[[Any], Any]]:
-    weights = _weights(mambax_model(c, name, torch.float32))
-    model = transformers_model(c, name, torch.float32, weights).train()
-    if again:
-        model.gradient_checkpointing_enable()
-    return model, lambda ids: model(ids, use_cache=False).logits
-
-
-def _step(
-    c: Context, make: Callable[..., tuple[Any, Callable[[Any], Any]]], name: str, ids: torch.Tensor, again: bool
-) -> Callable[[], Callable[[], Any]]:
-    def made() -> Callable[[], Any]:
-        model, logits = make(c, name, again)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=c.plan.device == "cuda")
-
-        def run() -> Any:
-            with torch.autocast(c.plan.device, torch.bfloat16):
-                scores = logits(ids[:, :-1])
-            loss = F.cross_entropy(scores.flatten(0, 1).float(), ids[:, 1:].flatten())
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            return loss.detach()
-
-        return run
-
-    return made
-
-
-TRAINED: dict[str, Callable[..., tuple[Any, Callable[[Any], Any]]]] = {
-    "mambax": _ours,
-    "mamba_ssm": _mamba_ssm,
-    "transformers": _transformers,
-}
-"""Label -> what makes (model, from ids to logits)."""

@@ -2,13 +2,15 @@
 
 ``--peers FOLDER`` holds ``mamba_ssm-*.tar.gz`` and ``causal_conv1d-*.tar.gz`` as on PyPI, and in ``site`` what
 else is to be importable, such as einops. They are unpacked and compiled in ``build`` beside them, for this chip
-alone; of mamba_ssm's scan real bfloat16 and float32 alone: the rest takes as long again, and nothing here calls it.
+alone; of mamba_ssm's scan real bfloat16 and float32 alone, of causal_conv1d the dtypes of a model in bfloat16, in
+float32 and under autocast: the rest takes as long again and twice as long, and nothing here calls it.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import tarfile
 import types
@@ -17,6 +19,7 @@ from typing import Any
 
 from benchmarks.contender import Unavailable
 
+PACKAGES = ("causal_conv1d", "mamba_ssm")
 SCAN = "csrc/selective_scan/"
 SCAN_SOURCES = tuple(
     SCAN + name
@@ -65,6 +68,59 @@ template void selective_scan_bwd_cuda<float, complex_t>(SSMParamsBwd &, cudaStre
 """
 
 
+CONV_DTYPES = ("float, float", "at::BFloat16, at::BFloat16", "at::BFloat16, float")
+"""Inputs and weights that causal_conv1d is compiled for; its last lines name nine pairs for each function."""
+
+CONV_INSTANCE = re.compile(r"^template void (\w+)<(.+)>\((\w+) &params, cudaStream_t stream\);$", re.MULTILINE)
+
+MISSING_CONV = """\
+// The dtypes that are not compiled here: causal_conv1d.cpp names them all.
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <torch/python.h>
+#include <c10/cuda/CUDAStream.h>
+#include "causal_conv1d.h"
+"""
+MISSING_FUNCTION = """\
+template <typename input_t, typename weight_t>
+void {name}({parameters} &params, cudaStream_t stream) {{
+    TORCH_CHECK(false, "this dtype was left out of the build");
+}}
+"""
+
+
+def without_other_dtypes(source: str) -> tuple[str, str]:
+    """A source of causal_conv1d for :data:`CONV_DTYPES` alone, and definitions of what it lacks."""
+    lacking = [found for found in CONV_INSTANCE.finditer(source) if found[2] not in CONV_DTYPES]
+    functions = dict.fromkeys((found[1], found[3]) for found in lacking)
+    bodies = (MISSING_FUNCTION.format(name=name, parameters=kind) for name, kind in functions)
+    kept = CONV_INSTANCE.sub(lambda found: found[0] if found[2] in CONV_DTYPES else "", source)
+    return kept, "".join([*bodies, *(f"{found[0]}\n" for found in lacking)])
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file that has another text: whatever is written is compiled again."""
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
+
+
+def _files(root: Path, package: str, sources: tuple[str, ...]) -> list[str]:
+    """What is compiled of a package; files that leave dtypes out are written beside its own."""
+    folder = (root / sources[0]).parent
+    if package == "mamba_ssm":
+        own, missing = list(sources), MISSING_SCAN
+    else:
+        own, missing = [sources[0]], MISSING_CONV
+        for name in sources[1:]:
+            kept, lacking = without_other_dtypes((root / name).read_text(encoding="utf-8"))
+            missing += lacking
+            own.append(name.replace(".cu", "_kept.cu"))
+            _write(root / own[-1], kept)
+    rest = folder / "left_out.cpp"
+    _write(rest, missing)
+    return [*(str(root / name) for name in own), str(rest)]
+
+
 def unpacked(folder: Path, package: str) -> Path:
     """The source tree of a package, unpacked from its source distribution.
 
@@ -103,11 +159,7 @@ def build(folder: Path, name: str) -> Any:
         raise Unavailable(f"{name} is compiled for the GPU at hand, and there is none")
     if cpp_extension.CUDA_HOME is None:
         raise Unavailable(f"{name} needs CUDA's compiler, and there is no nvcc here")
-    files = [str(root / source) for source in sources]
-    if package == "mamba_ssm":
-        rest = root / SCAN / "left_out.cpp"
-        rest.write_text(MISSING_SCAN, encoding="utf-8")
-        files.append(str(rest))
+    files = _files(root, package, sources)
     os.environ["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, torch.cuda.get_device_capability()))
     target = folder / "build" / name
     target.mkdir(parents=True, exist_ok=True)
@@ -119,6 +171,13 @@ def build(folder: Path, name: str) -> Any:
     except (RuntimeError, OSError, ImportError) as error:
         lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
         raise Unavailable(f"{name} does not compile here: {lines[0][:200]}") from error
+
+
+def add_site(folder: Path | None) -> None:
+    """Let what is in ``site`` be imported, after what is installed."""
+    site = None if folder is None else folder / "site"
+    if site is not None and site.is_dir() and str(site) not in sys.path:
+        sys.path.append(str(site))
 
 
 def use(folder: Path | None, *, compiled: bool = True) -> None:
@@ -133,10 +192,8 @@ def use(folder: Path | None, *, compiled: bool = True) -> None:
     """
     if folder is None:
         return
-    site = folder / "site"
-    if site.is_dir() and str(site) not in sys.path:
-        sys.path.append(str(site))
-    for package in ("causal_conv1d", "mamba_ssm"):
+    add_site(folder)
+    for package in PACKAGES:
         root = unpacked(folder, package)
         if package not in sys.modules:
             # not by its __init__, which imports every family it has and what those need

@@ -28,6 +28,7 @@ class Plan:
         pace: how long to measure.
         bytes, side: of a copy, and of square matrices.
         lengths, batches, channels, states: the grid of the scan.
+        tuned: sizes of the scan, (B, L, D, N), whose layouts are tried against each other.
         ssd, ssd_lengths: shapes of Mamba-2's scan, (H, P, G, N), and how long it is; with the same batches.
         long: tokens of the longest sequence.
         large: (L, D) of an array of more than 2^31 elements.
@@ -48,6 +49,10 @@ class Plan:
     batches: tuple[int, ...] = (1, 8)
     channels: tuple[int, ...] = (1536, 5120)
     states: tuple[int, ...] = (16, 64)
+    tuned: tuple[tuple[int, int, int, int], ...] = (
+        (1, 512, 1536, 16), (1, 2048, 1536, 16), (1, 8192, 1536, 16), (1, 65536, 1536, 16), (1, 8192, 5120, 16),
+        (8, 2048, 1536, 16), (4, 2048, 4096, 16), (8, 2048, 5120, 16), (1, 8192, 1536, 64),
+    )  # fmt: skip
     ssd: Mapping[str, tuple[int, int, int, int]] = field(
         default_factory=lambda: {"mamba2-130m": (24, 64, 1, 128), "mamba2-2.7b": (80, 64, 1, 128)}
     )
@@ -65,8 +70,8 @@ class Plan:
 FULL = Plan("full")
 DRY_RUN = Plan(
     "dry-run", device="cpu", dtype="float32", pace=Pace(rounds=1, turn_s=0.0, most=1), bytes=1 << 16, side=32,
-    lengths=(9,), batches=(1,), channels=(8,), states=(4,), ssd={"tiny": (1, 4, 1, 4)}, ssd_lengths=(9,),
-    long=10, large=(40, 8), rows=(1, 9), widths=(8,),
+    lengths=(9,), batches=(1,), channels=(8,), states=(4,), tuned=((1, 9, 8, 4),), ssd={"tiny": (1, 4, 1, 4)},
+    ssd_lengths=(9,), long=10, large=(40, 8), rows=(1, 9), widths=(8,),
     decode=("tiny", (1, 2), 2), prefill=("tiny", (1, 9)), long_model="tiny", training=(("tiny", (1, 9)),),
 )  # fmt: skip
 

@@ -55,6 +55,8 @@ def _row(entry: Entry, first: Entry | None, share: str) -> str:
     s, f = entry.seconds, entry.figures
     said = "" if entry.status == "ok" else f"{entry.status}: {entry.reason}".replace("|", "\\|")
     counts = ", ".join(f"{f[word]:.0f} {word}" for word in ("passed", "failed", "skipped") if word in f)
+    if "launches" in f:
+        counts = f"{f['launches']:.4g} launches" + (f", {100 * f['share']:.0f} %" if "share" in f else "")
     ratio = entry.median / first.median if entry.median and first and first.median else None
     cells = [
         entry.label,

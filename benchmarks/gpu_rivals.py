@@ -69,6 +69,10 @@ class Arena:
         self.tell = tell
         self._end = time.perf_counter() + pace.part_s
 
+    def left(self) -> float:
+        """Seconds that are left for this part, one at least."""
+        return max(1.0, self._end - time.perf_counter())
+
     def compare(self, name: str, job: Job, rivals: Sequence[Rival], *, alone: bool = False) -> Case:
         """Let rivals do one piece of work. One that cannot has its reason in the case.
 
@@ -101,6 +105,7 @@ class Arena:
             entry.status, entry.reason = "skipped", f"the {self.pace.part_s:.0f} s of this part were over"
             return None
         result = None
+        self._release()  # or what others left would be taken for this rival's
         before = self.clock.allocated()
         try:
             with torch.set_grad_enabled(rival.gradients):

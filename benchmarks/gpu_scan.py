@@ -160,6 +160,7 @@ def _mamba_ssm(c: Context) -> tuple[Function, Callable[[Any], Any], bool]:
 
 def _mambapy(c: Context) -> tuple[Function, Callable[[Any], Any], bool]:
     """mambapy's parallel scan, with the rest of the operation as its MambaBlock writes it."""
+    gpu_peers.add_site(c.peers)
     pscan = gpu_peers.load("mambapy.pscan", folder=None).pscan
 
     def function(x: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -103,17 +103,18 @@ def _case(c: Context, name: str, shape: tuple[int, int, int, int], batch: int, l
         return {"error": float(np.linalg.norm(got - want) / np.linalg.norm(want)), **needed}
 
     rivals = [
-        Rival(label, _made(make, c, given, backward), check, gradients=backward) for label, make in MAKERS.items()
+        Rival(label, made(make, c, given, backward=backward), check, gradients=backward)
+        for label, make in MAKERS.items()
     ]
     return c.arena.compare("ssd", job, rivals)
 
 
-def _made(
-    make: Callable[[Context, int], Function], c: Context, given: dict[str, torch.Tensor], backward: bool
+def made(
+    make: Callable[[Context, int], Function], c: Context, given: dict[str, torch.Tensor], *, backward: bool
 ) -> Callable[[], Callable[[], Any]]:
     """What makes the run of a rival: forward, or forward and the gradients of everything."""
 
-    def made() -> Callable[[], Any]:
+    def ready() -> Callable[[], Any]:
         function = make(c, given["x"].shape[0] * given["x"].shape[1])
         if not backward:
             return lambda: function(given)
@@ -127,7 +128,7 @@ def _made(
 
         return run
 
-    return made
+    return ready
 
 
 def _triton(c: Context, steps: int) -> Function:

@@ -120,6 +120,24 @@ class Ops(Protocol):
     # may share memory; bfloat16 comes and goes as ml_dtypes.bfloat16
 
 
+class Stepper(Protocol):
+    """The step from one token to the next, made ready for one batch; see :meth:`Backend.stepper`."""
+
+    def begin(self, state: Any, tokens: Array, seen: Array | None) -> tuple[Array, Any]: ...
+
+    # a state, the tokens (B,) it has not read and, with a repetition penalty, which tokens were seen, (B, V) bool,
+    # to the tokens and the state that go on from there
+
+    def advance(self, uniform: np.ndarray) -> tuple[Array, Any]: ...
+
+    # let the state read the tokens, and choose the next by uniform numbers (B, 1) float32; does not wait. To the
+    # next tokens, which the step after the next overwrites, and the state, which remains as it is
+
+    def read(self, tokens: Array) -> np.ndarray: ...  # (B,) on the host; waits for the step that made them alone
+
+    def end(self, tokens: Array) -> Array: ...  # these tokens, and states still held, outlive it from here on
+
+
 class Backend(Ops, Protocol):
     """What a module must have to be a backend of mambax. Members are read-only."""
 
@@ -198,6 +216,8 @@ class Backend(Ops, Protocol):
 
     # of placeholders, placeholders; `parameters` and `set_parameters` reach the arrays that take their place
 
+    def why_not_quantized(self, device: str) -> str: ...  # why such layers cannot run there; empty when they can
+
     # --- fused ops -------------------------------------------------------------------------------------------
 
     def selective_scan(
@@ -246,6 +266,12 @@ class Backend(Ops, Protocol):
     # hidden (B, L, M) and the states after. The same, within rounding, as calling one block after the other, which
     # is what the caller does for None: where nothing is gained, and where anything in the stack is not what mambax
     # makes (another mixer, a hook, a gradient that is wanted, ...). The states may share one piece of memory.
+
+    def stepper(self, model: Any, params: Any, state: Any, steps: int) -> Stepper | None: ...
+
+    # What takes a language model from the state (InferenceParams) through so many steps at most, choosing tokens by
+    # the SamplingParams: the same, within rounding, as calling model and mambax.sampling.sample each time, which is
+    # what the caller does for None. It is the caller's from here until its `end`, which must be called.
 
     # --- gradients in less memory ----------------------------------------------------------------------------
 

@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from mambax.backend import Array, Backend
+from mambax.backend import Array, Backend, Stepper
 from mambax.sampling import SamplingParams, UniformSource, sample
 from mambax.state import InferenceParams
 
 Progress = Callable[[int, int], None]
 """Called with (prompt positions read, prompt positions) after each chunk of the prefill."""
+
+
+def stepper(model: Any, params: SamplingParams, state: InferenceParams, steps: int) -> None:
+    """See :meth:`mambax.backend.Backend.stepper`, for backends that compute each step as it comes."""
 
 
 class Decoder:
@@ -43,10 +47,11 @@ class Decoder:
         self.nn: Backend = model.nn
         self.params = params
         self.uniforms = uniforms
-        self.state = model.init_state(len(prompts)) if state is None else state.fork()
+        self.state: Any = model.init_state(len(prompts)) if state is None else state.fork()  # None at the end
         self.tokens: Array = None  # (B,) sampled, not yet read by the state
         self._like = self.state.tokens_seen
         self._prompts = prompts
+        self._stepper: Stepper | None = None
         self._seen: Array | None = None  # (B, V) what the repetition penalty applies to
         if params.repetition_penalty != 1.0:
             seen = np.zeros((len(prompts), model.config.vocab_size), bool)
@@ -75,11 +80,35 @@ class Decoder:
             if progress is not None:
                 progress(min(start + chunk, length), length)
 
+    def start(self, steps: int) -> None:
+        """Make ready for so many steps, at most. Whoever calls this calls :meth:`end`, however the steps end."""
+        self._stepper = self.nn.stepper(self.model, self.params, self.state, steps)
+        if self._stepper is not None:
+            self.tokens, self.state = self._stepper.begin(self.state, self.tokens, self._seen)
+
     def advance(self) -> None:
         """Let the state read the tokens, and sample the next ones. Does not wait."""
+        if self._stepper is not None:
+            self.tokens, self.state = self._stepper.advance(self.uniforms.draw())
+            return
         output = self._read()
         self.state = output.state
         self._sample(output.logits)
+
+    def read(self, tokens: Array) -> np.ndarray:
+        """Tokens on the host, (B,): those of now or of the step before."""
+        return self.nn.to_numpy(tokens) if self._stepper is None else self._stepper.read(tokens)
+
+    def end(self, *, keep: bool) -> None:
+        """Give back what :meth:`start` took. States that others hold remain as they are.
+
+        Args:
+            keep: whether :meth:`final_state` may be asked for yet; else this lets go of its own state.
+        """
+        if not keep:
+            self.state = self._seen = None
+        if self._stepper is not None:
+            self.tokens, self._stepper = self._stepper.end(self.tokens), None
 
     def final_state(self) -> InferenceParams:
         """The state after the last tokens too."""

@@ -248,10 +248,14 @@ def _run(
     progress: Progress | None,
 ) -> Iterator[StreamEvent]:
     """Drive a generation. The step after a token is launched before that token is read."""
-    states = [_known(decoder.state)] * len(rows)  # for each row, a batch state that has read all it produced
+    everyone = range(len(rows))
+    states = dict.fromkeys(everyone, _known(decoder.state))  # of a row that goes on: has read all it produced
+    after: Callable[[], InferenceParams] | None = None
+    lazy = False  # whether a Generation may ask the decoder for a state when this has ended
     try:
         decoder.prefill(chunk, progress)
-        states = [_known(decoder.state)] * len(rows)
+        states = dict.fromkeys(everyone, _known(decoder.state))
+        decoder.start(max_new_tokens - 1)
         for step in range(max_new_tokens):
             current = decoder.tokens
             active = [row.finish_reason is None for row in rows]
@@ -261,7 +265,7 @@ def _run(
             else:
                 decoder.advance()
                 after = _known(decoder.state)
-            tokens = decoder.nn.to_numpy(current)
+            tokens = decoder.read(current)
             for number, row in enumerate(rows):
                 if not active[number]:
                     continue
@@ -272,16 +276,22 @@ def _run(
                         "or infinity in the weights, or use a wider dtype"
                     )
                 text = row.add(token)
-                states[number] = after
-                done = None if row.finish_reason is None else row.result(number, after, keep=last)
+                states[number], done = after, None
+                if row.finish_reason is not None:
+                    done = row.result(number, states.pop(number), keep=last)
+                    lazy |= last
                 yield StreamEvent(number, token, text, done)
             if all(row.finish_reason is not None for row in rows):
                 return
     except KeyboardInterrupt:
+        lazy = True
         for number, row in enumerate(rows):
             if row.finish_reason is None:
                 text = row.finish("interrupted")
                 yield StreamEvent(number, None, text, row.result(number, states[number], keep=True))
+    finally:
+        states, after = {}, None  # held no longer: what is held has to be copied
+        decoder.end(keep=lazy)
 
 
 def _known(state: InferenceParams) -> Callable[[], InferenceParams]:

@@ -34,12 +34,36 @@ run = jit.JITFunction.run
 
 
 def compile_only(self: Any, *arguments: Any, **options: Any) -> Any:
+    unknown = set(self.do_not_specialize) - set(self.arg_names)
+    if unknown:
+        raise ValueError(f"{self.__name__} is not to be specialized for {unknown}, which are no arguments of it")
     made = run(self, *arguments, **{**options, "warmup": True})
     name = f"{self.fn.__module__.rpartition('.')[2]}.{self.__name__}"
     if made.metadata.shared > SHARED:
         raise ValueError(f"{name} takes {made.metadata.shared} bytes of shared memory; expected at most {SHARED}")
     sizes[name] = max(sizes.get(name, 0), len(made.asm["cubin"]))
     return made
+
+
+def launch_scan() -> None:
+    """The selective scan in several segments: each dtype, mixed as under autocast, small and large states."""
+    from mambax_torch.kernels import scan_ops
+
+    narrow, wide, flags = torch.bfloat16, torch.float32, torch.ones(1, 300) > 0
+    for of_u, of_delta, states, options in (
+        (narrow, narrow, 16, {"boundaries": flags}),
+        (narrow, wide, 64, {}),
+        (wide, wide, 5, {"mask": flags}),
+        (torch.float16, torch.float16, 128, {}),
+    ):
+        channels = 40
+        u = torch.zeros(1, 300, 2 * channels, dtype=of_u)[..., :channels].requires_grad_()
+        B = torch.zeros(1, 300, states, dtype=of_u)
+        if states != 128:
+            options |= {"z": u, "D": torch.zeros(channels), "delta_bias": torch.zeros(channels)}
+            options |= {"delta_softplus": True, "initial_state": torch.zeros(1, channels, states)}
+        delta, A = torch.zeros(1, 300, channels, dtype=of_delta), torch.zeros(channels, states)
+        scan_ops.selective_scan(u, delta, A, B, B, **options)[0].sum().backward()
 
 
 def launch_ssd() -> None:
@@ -93,17 +117,24 @@ def launch_everything() -> None:
                 xz, taps, None if kept is None else kept.to(narrow), torch.zeros(16 + 32, D, dtype=narrow),
                 torch.zeros(D, 16, dtype=narrow), kept, torch.zeros(D, 16), bias, held, held,
             )  # fmt: skip
-        eight, four = torch.zeros(D, 300, dtype=torch.int8), torch.zeros(D, 192, dtype=torch.uint8)
-        for values in (torch.zeros(1, 300, dtype=narrow), torch.zeros(64, 300)):
-            cuda_quantized._few(values, eight, bias, bias, 300)
+        for rows, outputs, dtype in ((1, D, narrow), (9, D, narrow), (9, 40, narrow), (64, 40, torch.float32)):
+            values, few = torch.zeros(rows, 1300, dtype=dtype), bias[:outputs]
+            eight, four = (
+                torch.zeros(outputs, n, dtype=kind) for n, kind in ((1300, torch.int8), (704, torch.uint8))
+            )
+            cuda_quantized.few_rows(values, eight, few, few, 1300)
+            cuda_quantized.dequantized(eight, few, 1300, dtype)
             for group in (32, 64):
-                cuda_quantized._few(values, four, torch.zeros(D, 384 // group, dtype=narrow), None, 300)
+                scales = torch.zeros(outputs, 1408 // group, dtype=narrow)
+                cuda_quantized.few_rows(values, four, scales, None, 1300)
+                cuda_quantized.dequantized(four, scales, 1300, dtype)
 
 
 if __name__ == "__main__":
     driver.set_active(NoDriver())
     jit.JITFunction.run = compile_only
     launch_everything()
+    launch_scan()
     launch_ssd()
     for name, size in sorted(sizes.items()):
         print(name, size)

@@ -6,6 +6,8 @@ Without a GPU the same steps run without graphs. Dimensions: B batch.
 from __future__ import annotations
 
 import gc
+import weakref
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,9 +15,7 @@ import numpy as np
 import pytest
 from harness import assert_states_close, assert_states_equal, build, config_of, frozen, token_ids
 
-import mambax.generation
 from mambax import get_backend
-from mambax.decoding import Decoder
 from mambax.sampling import SamplingParams
 
 torch = pytest.importorskip("torch")
@@ -31,20 +31,6 @@ SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 
 @pytest.fixture(scope="module")
 def model() -> Any:
     return build(nn, config_of(n_layer=2, d_model=20, d_state=3, dt_rank=3)).to(DEVICE)
-
-
-class GraphDecoder(Decoder):
-    """The hook that puts the step in the place of the ordinary one."""
-
-    capture: bool | None = False
-    steps: Any = None
-
-    def advance(self) -> None:
-        if self.steps is None:
-            self.steps = graph.stepper(self.model, self.params, self.state, capture=self.capture)
-            assert self.steps is not None
-            self.tokens, self.state = self.steps.begin(self.state, self.tokens, self._seen)
-        self.tokens, self.state = self.steps.advance(self.uniforms.draw())
 
 
 @pytest.fixture(params=["stack", "blocks"])
@@ -128,8 +114,10 @@ def test_a_state_stays_what_it_was(model):
 def test_a_generation_is_the_ordinary_one(model, monkeypatch):
     prompts = [token_ids(1, n, seed=n)[0] for n in (3, 7)]
     options: dict[str, Any] = {"max_new_tokens": 12, "eos": (), **SAMPLED}
+    monkeypatch.setattr(nn, "stepper", lambda *given: None)
     want = model.generate(prompts, **options)
-    monkeypatch.setattr(mambax.generation, "Decoder", GraphDecoder)
+    monkeypatch.setattr(nn, "stepper", partial(graph.stepper, capture=False))
+    monkeypatch.setattr(graph, "LEAST", 1)
     got = model.generate(prompts, **options)
     assert [row.tokens for row in got] == [row.tokens for row in want]
     assert_states_close(got[0].state, want[0].state)
@@ -140,38 +128,79 @@ def test_a_generation_is_the_ordinary_one(model, monkeypatch):
     assert len(continued[0].tokens) == 3
 
 
-def test_graphs_are_kept_and_those_in_use_are_left_alone(model):
-    params = SamplingParams()
+def test_graphs_are_kept_and_those_in_use_are_left_alone():
+    model = build(nn, config_of(n_layer=1)).to(DEVICE)
+    params, tokens = SamplingParams(), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     state = model.init_state(2)
-    first = graph.stepper(model, params, state, capture=GPU)
-    first.begin(state, torch.zeros(2, dtype=torch.int64, device=DEVICE), None)
-    second = graph.stepper(model, params, state, capture=GPU)
+
+    def taken(params: SamplingParams, state: Any, *steps: int) -> Any:
+        return graph.stepper(model, params, state, *steps, capture=GPU)
+
+    first, second = taken(params, state), taken(params, state)
+    first.begin(state, tokens, None)
     assert second is not first  # another generation runs at the same time
     first.end(first.advance(UNIFORMS[0, :2])[0])
-    assert graph.stepper(model, params, state, capture=GPU) is first
-    assert graph.stepper(model, SamplingParams(temperature=0.5), state, capture=GPU) not in (first, second)
-    assert graph.stepper(model, params, model.init_state(3), capture=GPU) not in (first, second)
-    assert len(graph._captured[model]) == graph.KEPT
+    second.end(tokens)  # which never began
+    assert graph._idle[model] == [first, second]
+    assert taken(params, state, 1) is first
+    assert graph._idle[model] == [second]
+    hot = SamplingParams(temperature=0.5)
+    assert taken(hot, state, graph.LEAST - 1) is None  # making one would not pay
+    third = taken(hot, state)
+    assert graph._idle[model] == [second]
+    third.end(tokens)
+    first.end(tokens)
+    assert graph._idle[model] == [third, first]  # those used last
+    fourth = taken(params, model.init_state(3))
+    assert graph._idle[model] == [first]  # the other one has made room
+    gone = weakref.ref(fourth)
+    del fourth  # by one who forgets to end it
+    gc.collect()
+    assert gone() is None
 
 
-def test_a_graph_serves_only_the_weights_it_was_made_for():
+def test_a_graph_serves_only_the_model_it_was_made_for():
     model = build(nn, config_of(n_layer=1)).to(DEVICE)
-    state, params = model.init_state(1), SamplingParams()
-    before = graph.stepper(model, params, state, capture=GPU)
+    state, params, none = model.init_state(1), SamplingParams(), torch.zeros(0)
+
+    def taken() -> Any:
+        steps = graph.stepper(model, params, state, capture=GPU)
+        steps.end(none)
+        return steps
+
+    before = taken()
     with torch.no_grad():
         model.backbone.norm_f.weight.mul_(1.5)  # in place: the graph reads the new values
-    assert graph.stepper(model, params, state, capture=GPU) is before
+    assert taken() is before
+    model.backbone.norm_f.eps = 1e-3
+    other = taken()
+    assert other is not before
+    model.backbone.norm_f.eps = before_eps = 1e-5
+    assert (model.backbone.norm_f.eps, taken()) == (before_eps, before)
     nn.set_parameters(model, {"backbone.norm_f.weight": model.backbone.norm_f.weight.detach().clone()})
-    assert graph.stepper(model, params, state, capture=GPU) is not before
+    assert taken() not in (before, other)
+    assert len(graph._idle[model]) == 1  # of those whose weights are gone, none is kept
+    precision = torch.get_float32_matmul_precision()
+    before = taken()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert taken() is not before
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
-def test_the_step_does_not_keep_the_model():
+def test_steps_and_model_let_go_of_each_other():
     model = build(nn, config_of(n_layer=1))
-    graph.stepper(model, SamplingParams(), model.init_state(1), capture=False)
-    count = len(graph._captured)
+    kept = graph.stepper(model, SamplingParams(), model.init_state(1), capture=False)
+    kept.end(torch.zeros(1))
+    steps = weakref.ref(kept)
+    del kept
+    gone = weakref.ref(model)
+    assert steps() is not None
     del model
     gc.collect()
-    assert len(graph._captured) == count - 1
+    assert gone() is None
+    assert steps() is None
 
 
 def test_tokens_outlive_the_generation(model):
@@ -202,10 +231,11 @@ def test_what_cannot_be_captured_is_said(model):
 def test_captured_generation_is_the_ordinary_one(model, monkeypatch):
     prompts = [token_ids(1, n, seed=n)[0] for n in (3, 7)]
     options: dict[str, Any] = {"max_new_tokens": 40, "eos": (), **SAMPLED}
-    want = model.generate(prompts, **options)
-    monkeypatch.setattr(mambax.generation, "Decoder", GraphDecoder)
-    monkeypatch.setattr(GraphDecoder, "capture", None)
+    with monkeypatch.context() as without:
+        without.setattr(nn, "stepper", lambda *given: None)
+        want = model.generate(prompts, **options)
     for _ in range(2):
         got = model.generate(prompts, **options)
         assert [row.tokens for row in got] == [row.tokens for row in want]
         assert_states_close(got[1].state, want[1].state)
+    assert any(steps._graphs is not None for steps in graph._idle[model])

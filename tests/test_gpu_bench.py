@@ -6,9 +6,11 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,18 @@ pytest.importorskip("benchmarks", reason="needs the source tree")
 
 import torch
 
-from benchmarks import gpu, gpu_commands, gpu_goals, gpu_models, gpu_peers, gpu_report, gpu_scan, gpu_ssd, results
+from benchmarks import (
+    gpu,
+    gpu_commands,
+    gpu_goals,
+    gpu_models,
+    gpu_peers,
+    gpu_report,
+    gpu_scan,
+    gpu_ssd,
+    gpu_training,
+    results,
+)
 from benchmarks.contender import Unavailable
 from benchmarks.gpu_context import Context
 from benchmarks.gpu_plans import DRY_RUN, FULL
@@ -46,7 +59,7 @@ def arena(**changes: Any) -> Arena:
 @pytest.mark.filterwarnings("ignore")  # of other packages
 @pytest.mark.parametrize("name", MEASURED)
 def test_every_part_runs_and_computes_the_right_thing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_models, "TRAINED", {"mambax": gpu_models.TRAINED["mambax"]})  # others take seconds
+    monkeypatch.setattr(gpu_training, "TRAINED", {"mambax": gpu_training.TRAINED["mambax"]})  # others take seconds
     monkeypatch.setattr(gpu_models, "transformers_model", gpu_models.mamba_ssm_model)
     cases = list(gpu.parts_by_name()[name](Context(DRY_RUN, arena(rounds=1, most=1))))
     assert cases
@@ -93,7 +106,7 @@ def test_transformers_gets_the_same_weights() -> None:
     pytest.importorskip("transformers")
     c = Context(DRY_RUN, arena())
     model = gpu_models.mambax_model(c, "tiny", torch.float32)
-    other = gpu_models.transformers_model(c, "tiny", torch.float32, gpu_models._weights(model))
+    other = gpu_models.transformers_model(c, "tiny", torch.float32, gpu_models.weights_of(model))
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         torch.testing.assert_close(other(ids, use_cache=False).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
@@ -190,7 +203,7 @@ def test_a_peer_that_is_missing_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="there is none"):
         gpu_peers.build(tmp_path, "causal_conv1d_cuda")
     case = next(gpu_commands.peers(Context(DRY_RUN, arena(), tmp_path)))
-    assert [entry.status for entry in case.entries] == ["skipped", "skipped"]
+    assert [entry.status for entry in case.entries] == ["skipped", "skipped", "skipped"]
     with pytest.raises(Unavailable, match="nowhere cannot be imported"):
         gpu_peers.load("nowhere", folder=None)
 
@@ -206,6 +219,26 @@ def test_what_is_not_compiled_is_defined_elsewhere() -> None:
                 assert there != named, (kind, inputs, weights)
 
 
+def test_a_source_loses_the_dtypes_that_nothing_calls(tmp_path: Path) -> None:
+    pairs = [(a, b) for a in ("float", "at::Half", "at::BFloat16") for b in ("float", "at::Half", "at::BFloat16")]
+    lines = [f"template void f_cuda<{a}, {b}>(ConvParamsBwd &params, cudaStream_t stream);" for a, b in pairs]
+    source = "\n".join(["template <typename input_t> void f();", *lines, ""])
+    kept, lacking = gpu_peers.without_other_dtypes(source)
+    assert kept.startswith("template <typename input_t> void f();\n")
+    for (a, b), line in zip(pairs, lines, strict=True):
+        assert (line in kept) == (f"{a}, {b}" in gpu_peers.CONV_DTYPES)
+        assert (line in lacking) != (line in kept)
+    assert lacking.count("void f_cuda(ConvParamsBwd &params") == 1
+    root = tmp_path / "causal_conv1d-9"
+    for name in gpu_peers.CONV_SOURCES:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(source, encoding="utf-8")
+    files = gpu_peers._files(root, "causal_conv1d", gpu_peers.CONV_SOURCES)
+    times = [Path(file).stat().st_mtime_ns for file in files]
+    assert gpu_peers._files(root, "causal_conv1d", gpu_peers.CONV_SOURCES) == files
+    assert [Path(file).stat().st_mtime_ns for file in files] == times  # or each process would compile them again
+
+
 # --- the run ---------------------------------------------------------------------------------------------------
 
 
@@ -217,10 +250,10 @@ def test_a_dry_run_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = gpu.main(["--dry-run", "--only", "tests,sanitizer,kernels,decode", "--results", str(tmp_path)])
     assert done == 0, capsys.readouterr()
     parts = results.load(tmp_path / "gpu-dry-run.json")
-    assert list(parts) == ["limits", "tests", "sanitizer", "kernels", "decode"]
+    assert list(parts) == ["limits", "tests", "decode", "kernels", "sanitizer"]
     assert parts["decode"].limits.keys() == {"copy", "bfloat16", "float32"}
     assert (
-        parts["decode"].command == "python -m benchmarks.gpu --only limits,tests,sanitizer,kernels,decode --dry-run"
+        parts["decode"].command == "python -m benchmarks.gpu --only limits,tests,decode,kernels,sanitizer --dry-run"
     )
     page = (tmp_path / "gpu-dry-run.md").read_text(encoding="utf-8")
     assert "decode, tiny, B 1, float32" in page
@@ -259,6 +292,59 @@ def test_commands_report_what_they_said(tmp_path: Path) -> None:
     slow = gpu_commands.run("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
     assert slow.reason == "stopped after 0 s"
     assert gpu_commands.run("none", [str(tmp_path / "none")], 1.0).status == "skipped"
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    nested = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {nested!r}])"
+    start = time.perf_counter()
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_commands.finished([sys.executable, "-c", code], 1.0, dict(os.environ))
+    assert time.perf_counter() - start < 20
+    done = gpu_commands.finished([sys.executable, "-c", "print('a'); raise SystemExit(3)"], 60.0, dict(os.environ))
+    assert (done.returncode, done.stdout) == (3, "a\n")
+
+
+def test_the_suites_of_the_kernels_are_there() -> None:
+    suites = gpu_commands.native_suites()
+    assert {"tests/test_triton_scan.py", "tests/test_triton_native.py", "tests/test_graph_step.py"} <= set(suites)
+    assert not {f"tests/{name}" for name in gpu_commands.ELSEWHERE} & set(suites)
+    assert "tests/test_triton_native.py" not in gpu_commands._files_with_gpu_tests()
+    assert "tests/test_triton_scan_sizes.py" in gpu_commands._files_with_gpu_tests()
+
+
+def test_what_compute_sanitizer_watches_exists() -> None:
+    """A name that matches nothing would end the run before anything is watched."""
+    names = [f"tests/{name}" for name in gpu_commands.WATCHED]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *names]
+    done = subprocess.run(command, cwd=gpu_commands.ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout[-1000:]
+    assert done.stdout.count("::") == len(names)
+    watched = {name.partition("::")[0] for name in gpu_commands.WATCHED}
+    kernels = {f"test_triton_{name}.py" for name in ("conv", "norm", "step", "scan", "ssd")}
+    assert kernels | {"test_graph_step.py", "test_cuda_quantized.py"} <= watched
+
+
+def test_tests_are_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: dict[str, list[str]] = {}
+
+    def told(label: str, command: list[str], timeout: float, **variables: str) -> Entry:
+        commands[label] = command
+        assert timeout <= 240.0
+        return Entry(label)
+
+    monkeypatch.setattr(gpu_commands, "run", told)
+    monkeypatch.setattr(gpu_commands.shutil, "which", lambda *given, **options: "compute-sanitizer")
+    context = Context(FULL, Arena(Clock("cpu"), FULL.pace))
+    assert len(list(gpu_commands.tests(context))) == 3  # so that what hangs costs nothing that was done before
+    suites = commands["mambax: the kernels' suites"]
+    assert ("-n" in suites) == (importlib.util.find_spec("xdist") is not None)
+    assert suites[suites.index("-m", 3) + 1] == "not gpu"
+    assert "-n" not in commands["mambax: pytest -m gpu"]  # they take most of the memory
+    assert [case.entries[0].label for case in gpu_commands.sanitizer(context)] == [
+        "mambax: memcheck", "mambax: racecheck",
+    ]  # fmt: skip
+    assert commands["mambax: racecheck"][:3] == ["compute-sanitizer", "--tool", "racecheck"]
 
 
 def test_the_source_tree_needs_no_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,19 +222,20 @@ class TestTorch:
             assert_close(compiled(ids).logits, model(ids).logits)
         torch.compiler.reset()
 
-    @pytest.mark.parametrize("kind", ["cpu_linear", "cpu_quantized_linear", "cpu_quantized_rows"])
+    @pytest.mark.parametrize("kind", ["cpu_linear", "quantized_linear", "quantized_rows"])
     def test_operators(self, kind):
         import torch
 
-        ops = importlib.import_module("mambax_torch.linear_ops")
+        names = ("quantized_ops", "linear_ops")
+        ops, linear_ops = (importlib.import_module(f"mambax_torch.{name}") for name in names)
         x, bias = torch.randn(2, 3, 70), torch.randn(9)
         quantized = quantization.quantize(torch.randn(9, 70).numpy(), "int4")
         nn = get_backend("torch")
         packed = (nn.from_numpy(quantized.weight), nn.from_numpy(quantized.scales))
         case = {
-            "cpu_linear": (ops._linear, (x, torch.randn(9, 70), bias)),
-            "cpu_quantized_linear": (ops._quantized_linear, (x.requires_grad_(), *packed, bias, 70)),
-            "cpu_quantized_rows": (ops._rows, (*packed, torch.tensor([[1, 8]]), 70)),
+            "cpu_linear": (linear_ops._linear, (x, torch.randn(9, 70), bias)),
+            "quantized_linear": (ops._linear, (x.clone().requires_grad_(), *packed, bias.requires_grad_(), 70)),
+            "quantized_rows": (ops._rows, (*packed, torch.tensor([[1, 8]]), 70, torch.bfloat16)),
         }[kind]
         torch.library.opcheck(*case, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
@@ -258,12 +259,55 @@ class TestTorch:
             with pytest.raises(RuntimeError):
                 layer(torch.randn(2, 131))
 
-    def test_another_device(self):
+    def test_another_device(self, monkeypatch):
+        import torch
+
+        ops = importlib.import_module("mambax_torch.quantized_ops")
+        assert "none for 'mps'" in ops.why_not(torch.device("mps"))
+        model = self.model()
+        layer = model.backbone.layers[0].mixer.in_proj
+        with pytest.raises(ValueError, match="beside the weights on cpu, found them on meta"):
+            layer(torch.empty(1, 130, device="meta"))
+        monkeypatch.setattr(ops, "why_not", lambda device: "no kernels" if device.type == "meta" else "")
+        with pytest.raises(ValueError, match=r"cannot run on meta: no kernels\. Use 'cpu', or the full weights"):
+            layer(torch.empty(1, 130, device="meta"))
+        for whole in (model, model.backbone, self.model(tied=False)):
+            with pytest.raises(ValueError, match="cannot run on meta"):
+                whole.to("meta")
+            assert not any(tensor.is_meta for tensor in (*whole.parameters(), *whole.buffers()))
+        full = self.model(None).to("meta")
+        with pytest.raises(ValueError, match="cannot run on meta"):
+            quantizer("torch").quantize(full, "int8")
+        assert type(full.backbone.layers[0].mixer.in_proj).__name__ == "Linear"
+
+    def test_what_a_layer_is_given(self):
         import torch
 
         layer = self.model().backbone.layers[0].mixer.in_proj
-        with pytest.raises(ValueError, match="quantised layers run on the CPU, found values on meta"):
-            layer(torch.empty(1, 130, device="meta"))
+        with pytest.raises(ValueError, match=r"expected float32, bfloat16 or float16, found float64.*model\.float"):
+            layer(torch.zeros(1, 130, dtype=torch.float64))
+        with pytest.raises(ValueError, match=r"inputs \(\.\.\., 130\).*found \(2, 131\)"):
+            layer(torch.zeros(2, 131))
+        assert layer(torch.zeros(0, 130)).shape == (0, layer.out_features)
+
+    def test_autocast_and_transforms(self):
+        import torch
+
+        layer = self.model().backbone.layers[0].mixer.in_proj
+        packed, scales = (get_backend("torch").to_numpy(part) for part in (layer.weight, layer.scales))
+        weight = torch.from_numpy(quantization.dequantize(quantization.Quantized(packed, scales, 130)))
+        x = torch.randn(3, 130, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        (dx,) = torch.autograd.grad(y.float().sum(), x)
+        assert dx.dtype == torch.float32
+        assert_close(dx, weight.sum(0).expand(3, 130), "bfloat16")
+        want = torch.nn.functional.linear(x, weight, layer.bias).detach()
+        assert_close(torch.func.vmap(layer)(x).detach(), want)
+        tangent = torch.randn(3, 130)
+        got = torch.func.jvp(layer, (x.detach(),), (tangent,))[1]
+        assert_close(got.detach(), tangent @ weight.T)
 
     def test_placeholders_take_no_memory(self):
         model = quantizer("torch").quantize(self.model(None).to("meta"), "int4")
@@ -288,6 +332,8 @@ def test_saved_loaded_and_loaded_quantized(name, tied, kind, group_size, dtype, 
     for other in HOST:
         again = mambax.load(tmp_path / "small", backend=other, device="cpu")
         assert_close(run(again, ids)[0], want, dtype)
+        if other == name:  # to the bit, the vectors of a quantised table too
+            np.testing.assert_array_equal(run(again, ids)[0], want)
         for path, array in nn.parameters(model).items():
             held = again.nn.to_numpy(again.nn.parameters(again)[path])
             np.testing.assert_array_equal(held, nn.to_numpy(array))

@@ -6,12 +6,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from harness import BACKENDS, TORCH_COMPILES, config_of
+from harness import BACKENDS, TORCH_COMPILES, assert_states_close, build, config_of
 from tolerances import assert_close
 
 import mambax
 from mambax import backend, scan
 from mambax.init import Initializer, Placeholder
+from mambax.sampling import SamplingParams, sample
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 5, 3)).astype(np.float32) * 3
@@ -234,6 +235,31 @@ def test_a_placeholder_takes_no_memory_and_computes_nothing_finite(nn):
     shapes = {name: tuple(array.shape) for name, array in nn.parameters(model).items()}
     assert shapes["backbone.layers.0.mixer.A_log"] == (2**15, 4096)
     assert Placeholder((3,)).shape == (3,)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(1.3, 0.9, 20)], ids=["greedy", "sampled"])
+def test_a_stepper_does_what_the_model_and_sampling_do(nn, params):
+    model, uniforms = build(nn, config_of(n_layer=1)), RNG.random((5, 2, 1), dtype=np.float32)
+    if "cuda" in nn.devices():
+        model.to("cuda")
+    state = model.init_state(2)
+    tokens = nn.from_numpy(np.array([3, 5]), like=state.tokens_seen)
+    seen = nn.from_numpy(np.eye(101, dtype=bool)[[3, 5]], like=tokens) if params.repetition_penalty != 1 else None
+    steps = nn.stepper(model, params, state, 100)
+    if steps is None:  # each step is computed as it comes
+        return
+    ours, held = steps.begin(state, tokens, seen)
+    for uniform in uniforms:
+        with nn.no_grad():
+            output = model(tokens[:, None], state, logits_to_keep=1)
+            state = output.state
+            tokens = sample(nn, output.logits[:, -1], nn.from_numpy(uniform, like=tokens), params, seen)
+            if seen is not None:
+                seen = seen | (nn.arange(101, like=tokens) == tokens[:, None])
+        ours, held = steps.advance(uniform)
+        np.testing.assert_array_equal(steps.read(ours), nn.to_numpy(tokens))
+    np.testing.assert_array_equal(nn.to_numpy(steps.end(ours)), nn.to_numpy(tokens))
+    assert_states_close(held, state)
 
 
 @TORCH_COMPILES

@@ -20,9 +20,13 @@ KERNELS = {
     "conv_kernels.forward_kernel", "conv_kernels.weight_gradient_kernel", "conv_kernels.input_gradient_kernel",
     "norm_kernels.forward_kernel", "norm_kernels.backward_kernel", "step_kernels.conv_step_kernel",
     "step_kernels.scan_step_kernel", "step_block_kernels.x_proj_kernel", "step_block_kernels.scan_kernel",
-    "step_quantized_kernels.int8_kernel", "step_quantized_kernels.int4_kernel", "ssd_steps.steps_kernel",
-    "ssd_states.sweep_kernel", "ssd_states.carry_kernel", "ssd_forward.output_kernel",
-    "ssd_backward.inputs_kernel", "ssd_backward.vectors_kernel",
+    "step_quantized_kernels.int8_kernel", "step_quantized_kernels.int4_kernel", "step_quantized_kernels.sum_kernel",
+    "step_quantized_kernels.int8_row_kernel", "step_quantized_kernels.int4_row_kernel",
+    "step_quantized_kernels.widen_int8_kernel", "step_quantized_kernels.widen_int4_kernel",
+    "ssd_steps.steps_kernel", "ssd_states.sweep_kernel", "ssd_states.carry_kernel", "ssd_forward.output_kernel",
+    "ssd_backward.inputs_kernel", "ssd_backward.vectors_kernel", "scan_forward.advance_kernel",
+    "scan_forward.output_kernel", "scan_carry.carry_kernel", "scan_adjoint.adjoint_kernel",
+    "scan_backward.gradient_kernel",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mambax.blocks import time_steps
+from mambax.decoding import stepper
 from mambax_mlx.attention import attention
 from mambax_mlx.describe import describe
 from mambax_mlx.duality import gated_rms_norm, ssd, ssd_implementations
@@ -24,6 +25,6 @@ from mambax_mlx.models import (
 )
 from mambax_mlx.module import Module, ModuleList, Parameter, parameters, set_parameters
 from mambax_mlx.ops import *
-from mambax_mlx.quantized import quantize
+from mambax_mlx.quantized import quantize, why_not_quantized
 from mambax_mlx.recompute import recomputed, summed_over_chunks
 from mambax_mlx.step import decode_step

@@ -55,6 +55,11 @@ def quantize(model: Any, kind: str | int | Affine, group_size: int = 32) -> Any:
     return _replaced(model, new)
 
 
+def why_not_quantized(device: str) -> str:
+    """See :meth:`mambax.backend.Backend.why_not_quantized`."""
+    return ""
+
+
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
     """(path, layer) of every layer to replace."""
     causal: type[Any] = MambaForCausalLM

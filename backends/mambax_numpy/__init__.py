@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mambax.blocks import time_steps
+from mambax.decoding import stepper
 from mambax_numpy.attention import attention
 from mambax_numpy.describe import describe
 from mambax_numpy.duality import gated_rms_norm, ssd, ssd_implementations
@@ -24,6 +25,6 @@ from mambax_numpy.models import (
 )
 from mambax_numpy.module import Module, ModuleList, Parameter, parameters, set_parameters
 from mambax_numpy.ops import *
-from mambax_numpy.quantized import quantize
+from mambax_numpy.quantized import quantize, why_not_quantized
 from mambax_numpy.recompute import recomputed, summed_over_chunks
 from mambax_numpy.step import decode_step

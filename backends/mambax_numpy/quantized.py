@@ -96,6 +96,11 @@ def quantize(model: Any, kind: str, group_size: int = 32) -> Any:
     return model
 
 
+def why_not_quantized(device: str) -> str:
+    """See :meth:`mambax.backend.Backend.why_not_quantized`."""
+    return ""
+
+
 def _layers(module: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, str]]]:
     """(dotted path, (owner, name)) of every layer to replace."""
     if getattr(module, "lm_head", module) is None and isinstance(module.backbone.embeddings, Embedding):

@@ -1,18 +1,17 @@
-"""Products with quantised weights on NVIDIA GPUs: ``mambax::triton_quantized_linear``, and rows of such weights.
+"""Quantised weights on NVIDIA GPUs, by Triton: what :mod:`mambax_torch.quantized_ops` makes operators of.
 
-The formats are those of :mod:`mambax.quantization`. A few rows read the weights as they are stored; more make them
-wide for PyTorch's own product.
+A few rows are multiplied with the weights as they are stored; for more, and for gradients, the weights are made
+wide for PyTorch's own product. Nothing here waits for the GPU, so that all of it can be captured in a CUDA graph.
 
-Dimensions: M rows, O outputs, I inputs.
+Dimensions: M rows, O outputs, I inputs; see :mod:`mambax.quantization` for the formats.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mambax.quantization import BLOCK, WORDS
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
@@ -20,125 +19,147 @@ from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 FEW_ROWS = 64
 """Rows up to which the kernels read the stored weights; above, widening them once is spread over enough rows."""
 
+_FILL = 4
+"""Programs per processor up to which the inputs are divided: that many blocks of weights are then on their way."""
 
-def dequantized(weight: Tensor, scales: Tensor, inputs: int) -> Tensor:
-    """(O, I) float32, on any device."""
-    if weight.dtype == torch.int8:
-        return weight.float() * scales[:, None]
-    rows = weight.shape[0]
-    words = weight.contiguous().view(torch.int32).reshape(rows, -1, 1, WORDS)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)[:, None]
-    numbers = ((words >> shifts) & 15).reshape(rows, -1).float() - 8
-    group = numbers.shape[1] // scales.shape[1]
-    return (numbers * scales.float().repeat_interleave(group, 1))[:, :inputs]
+_STAGES = {2: 4, 4: 2}
+"""Blocks of rows and weights that are on their way together, by the bytes of a value of the rows. They fit into the
+99 KiB that a program can have of the smaller GPUs."""
+
+_WIDENED = (8, 256)
+"""Outputs and inputs of a program that makes weights wide."""
 
 
-def _few(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
-    """x (M, I) to (M, O) by the kernels."""
+def why_not(device: torch.device) -> str:
+    """Why quantised layers cannot run on a CUDA device, and what to do; empty when they can."""
+    from mambax_torch.kernels import devices
 
-    from mambax_torch.kernels import step_quantized_kernels
-    from mambax_torch.kernels.devices import interpreted, on_device_of
+    if torch.version.hip is not None:
+        return "PyTorch was built for AMD GPUs, where the kernels were never tried"
+    return devices.missing() or devices._too_old(device.index)
 
-    kernels: Any = step_quantized_kernels  # in whose signatures pyright does not see that numbers may be constants
-    rows, outputs = x.shape[0], weight.shape[0]
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What many rows are multiplied in: weights are rounded to the dtype of the rows."""
+    return dtype
+
+
+def few_rows(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
+    """x (M, I) to (M, O) in the dtype of x: exact products, sums in float32. The weights are contiguous."""
+    from mambax_torch.kernels.devices import on_device_of
+
     x = x if x.stride(1) == 1 else x.contiguous()
-    weight, scales = weight.contiguous(), scales.contiguous()
-    y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    block_m, block_o = max(16, next_power_of_2(min(rows, FEW_ROWS))), 32
-    grid = (cdiv(outputs, block_o), cdiv(rows, block_m))
-    options = {
-        "HAS_BIAS": bias is not None,
-        "BLOCK_M": block_m,
-        "BLOCK_O": block_o,
-        "WIDE": interpreted(),
-        "num_warps": 4,
-    }
-    given = x if bias is None else bias
-    with on_device_of(x):
-        if weight.dtype == torch.int8:
-            kernels.int8_kernel[grid](
-                x, weight, scales, given, y, x.stride(0), rows, outputs, inputs, BLOCK_I=128, **options
-            )
-        else:
-            blocks = 2 * weight.shape[1] // BLOCK
-            kernels.int4_kernel[grid](
-                x, weight.view(torch.int32), scales, given, y, x.stride(0), rows, outputs, inputs, blocks,
-                GROUP=2 * weight.shape[1] // scales.shape[1], **options,
-            )  # fmt: skip
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if y.numel():
+        with on_device_of(x):
+            (_one_row if len(x) == 1 else _some_rows)(x, weight, scales, bias, y, inputs)
     return y
 
 
-@torch.library.custom_op("mambax::triton_quantized_linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
-    """(..., O) in the dtype of x."""
-    rows = x.reshape(-1, inputs)
-    if len(rows) <= FEW_ROWS:
-        y = _few(rows, weight, scales, bias, inputs)
-    else:
-        y = F.linear(rows, dequantized(weight, scales, inputs).to(x.dtype))
-        y = y if bias is None else (y + bias).to(x.dtype)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+def _one_row(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, inputs: int) -> None:
+    from mambax_torch.kernels.tuning import processors
 
-
-@_linear.register_fake
-def _(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.custom_op("mambax::triton_quantized_linear_backward", mutates_args=())
-def _backward(dy: Tensor, weight: Tensor, scales: Tensor, inputs: int) -> Tensor:
-    """The gradient of x."""
-    return dy @ dequantized(weight, scales, inputs).to(dy.dtype)
-
-
-@_backward.register_fake
-def _(dy: Tensor, weight: Tensor, scales: Tensor, inputs: int) -> Tensor:
-    return dy.new_empty((*dy.shape[:-1], inputs))
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, scales, _, ctx.inputs = inputs
-    ctx.save_for_backward(weight, scales)
-
-
-def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    weight, scales = ctx.saved_tensors
-    dx = _backward(dy, weight, scales, ctx.inputs) if ctx.needs_input_grad[0] else None
-    dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-    return dx, None, None, dbias, None
-
-
-_linear.register_autograd(_gradient, setup_context=_context)
-
-
-def linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
-    """x (..., I) times quantised weights + bias (..., O), in the dtype of x; differentiable in x and bias.
-
-    Args:
-        x: float32, bfloat16 or float16, beside the weights. Products are exact and sums in float32 for up to
-            :data:`FEW_ROWS` rows; for more, the weights are rounded to the dtype of x.
-        weight, scales: arrays of a :class:`mambax.quantization.Quantized`.
-        bias: (O,) or None.
-        inputs: I.
-
-    Raises:
-        ValueError: where the kernels cannot run, with the reason, and for a shape that does not fit.
-    """
-    from mambax_torch.kernels.devices import why_not_triton
-
-    if reason := why_not_triton(x):
-        raise ValueError(f"quantised layers on a GPU need the Triton kernels, which cannot run here: {reason}")
-    if x.shape[-1] != inputs or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
-        raise ValueError(
-            f"quantised layer: expected inputs (..., {inputs}) and a bias ({weight.shape[0]},) if any, found "
-            f"{tuple(x.shape)} and {None if bias is None else tuple(bias.shape)}"
+    kernels, given, outputs = _kernels(), x if bias is None else bias, weight.shape[0]
+    block_o, warps = (32, 4) if outputs >= 2 * 32 * processors(x.device) else (8, 2)
+    options = {"HAS_BIAS": bias is not None, "BLOCK_O": block_o, "STAGES": 3, "num_warps": warps}
+    if weight.dtype == torch.int8:
+        kernels.int8_row_kernel[(cdiv(outputs, block_o),)](
+            x, weight, scales, given, y, outputs, inputs, BLOCK_I=8192 // block_o, **options
         )
-    return _linear(x, weight, scales, bias, inputs)
+    else:
+        words = weight.shape[1] // 4
+        kernels.int4_row_kernel[(cdiv(outputs, block_o),)](
+            x, weight.view(torch.int32), scales.view(torch.int32), given, y, 15, outputs, inputs, words,
+            GROUP=_group(weight, scales), BLOCK_W=2048 // block_o, **options,
+        )  # fmt: skip
 
 
-def rows(weight: Tensor, scales: Tensor, ids: Tensor, inputs: int) -> Tensor:
-    """Rows of quantised weights, (...) int64 to (..., I) float32, on any device."""
-    some = ids.reshape(-1)
-    return dequantized(weight[some], scales[some], inputs).reshape(*ids.shape, inputs)
+class _Grid(NamedTuple):
+    """How a product of some rows is divided over programs.
+
+    Attributes:
+        block_m, block_o: rows and outputs of a program.
+        parts: of the inputs.
+        steps: of the inputs of a part.
+    """
+
+    block_m: int
+    block_o: int
+    parts: int
+    steps: int
+
+    @classmethod
+    def of(cls, rows: int, outputs: int, steps: int, device: torch.device) -> _Grid:
+        from mambax_torch.kernels.tuning import processors
+
+        block_m = max(16, next_power_of_2(min(rows, FEW_ROWS)))
+        block_o = 32 if block_m < 64 else 64
+        wanted = cdiv(_FILL * processors(device), cdiv(outputs, block_o) * cdiv(rows, block_m))
+        each = cdiv(steps, max(1, min(wanted, steps // 4)))
+        return cls(block_m, block_o, cdiv(steps, each), each)
+
+
+def _some_rows(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, inputs: int) -> None:
+    from mambax_torch.kernels.devices import interpreted
+
+    kernels, given, (rows, outputs) = _kernels(), x if bias is None else bias, y.shape
+    eight = weight.dtype == torch.int8
+    step = BLOCK if eight else 1
+    steps = cdiv(inputs, BLOCK)
+    grid = _Grid.of(rows, outputs, steps, x.device)
+    places = (cdiv(outputs, grid.block_o), cdiv(rows, grid.block_m), grid.parts)
+    sums = y if grid.parts == 1 else torch.empty((grid.parts, rows, outputs), device=x.device)
+    options = {
+        "WIDE": interpreted(), "HAS_BIAS": bias is not None, "PARTS": grid.parts, "BLOCK_M": grid.block_m,
+        "BLOCK_O": grid.block_o, "num_warps": 4, "num_stages": _STAGES[x.element_size()],
+    }  # fmt: skip
+    sizes = x.stride(0), rows, outputs, inputs
+    if eight:
+        kernels.int8_kernel[places](
+            x, weight, scales, given, y, sums, *sizes, grid.steps * step, BLOCK_I=BLOCK, **options
+        )
+    else:
+        kernels.int4_kernel[places](
+            x, weight.view(torch.int32), scales.view(torch.int32), given, y, sums, 15, *sizes, steps, grid.steps,
+            GROUP=_group(weight, scales), **options,
+        )  # fmt: skip
+    if grid.parts > 1:
+        kernels.sum_kernel[(cdiv(y.numel(), 1024),)](
+            sums, given, y, y.numel(), outputs, PARTS=grid.parts, HAS_BIAS=bias is not None, BLOCK=1024, num_warps=4
+        )
+
+
+def dequantized(weight: Tensor, scales: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
+    """(O, I) in a dtype. The weights are contiguous."""
+    from mambax_torch.kernels.devices import on_device_of
+
+    outputs = weight.shape[0]
+    wide = torch.empty((outputs, inputs), dtype=dtype, device=weight.device)
+    if not wide.numel():
+        return wide
+    block_o, block_i = _WIDENED
+    blocks, kernels = cdiv(inputs, block_i), _kernels()
+    grid = (cdiv(outputs, block_o) * blocks,)
+    with on_device_of(weight):
+        if weight.dtype == torch.int8:
+            kernels.widen_int8_kernel[grid](
+                weight, scales, wide, outputs, inputs, blocks, BLOCK_O=block_o, BLOCK_I=block_i, num_warps=4
+            )
+        else:
+            kernels.widen_int4_kernel[grid](
+                weight.view(torch.int32), scales, wide, outputs, inputs, weight.shape[1] // 4, blocks,
+                GROUP=_group(weight, scales), BLOCK_O=block_o, BLOCK_W=block_i // BLOCK * WORDS, num_warps=4,
+            )  # fmt: skip
+    return wide
+
+
+def _group(weight: Tensor, scales: Tensor) -> int:
+    """Inputs to a scale of int4."""
+    return 2 * weight.shape[1] // scales.shape[1]
+
+
+def _kernels() -> Any:
+    """In whose signatures pyright does not see that numbers may be constants."""
+    from mambax_torch.kernels import step_quantized_kernels
+
+    return step_quantized_kernels

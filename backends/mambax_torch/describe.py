@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 
+import mambax_cpu
 import torch
 
 from mambax_torch import ops
@@ -28,7 +29,17 @@ def describe() -> Mapping[str, str]:
         "causal_conv1d": _fused(device, "tensor operations"),
         "ssd": _fused(device, "chunked, in tensor operations", old_for_ssd(), "; a single token sequentially"),
         "products": products,
+        "one token": _one_token(device),
     }
+
+
+def _one_token(device: str) -> str:
+    """How a generation decodes on a device; see :mod:`mambax_torch.graph_limits`."""
+    if device == "cpu" and not mambax_cpu.missing():
+        return "all blocks at once by kernels of mambax_cpu, where no gradient is wanted; else block by block"
+    if device != "cuda" or torch.version.hip is not None:
+        return "block by block"
+    return "a step captured in a CUDA graph; block by block with attention or mixtures of experts, and in autocast"
 
 
 def _fused(device: str, otherwise: str, old: str = "", single: str = "") -> str:

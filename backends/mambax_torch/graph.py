@@ -7,13 +7,19 @@ is still held when the set is to be written again, it gets memory of its own bef
 Sampling is part of the graph; its uniform numbers are copied into a buffer before each step. Tokens are copied to
 the host behind each step, where they are read while the next one runs.
 
+Of each model, :data:`KEPT` graphs are kept for the next generations, as long as the model is. A graph holds two
+states of its batch, and as much memory as one step takes; the weights it reads are the model's own.
+
 Dimensions: B batch, V vocabulary.
 """
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,36 +28,12 @@ from torch import Tensor
 
 from mambax.sampling import SamplingParams, sample
 from mambax_torch import ops
-
-
-def why_not_graph(model: torch.nn.Module, like: Tensor) -> str:
-    """Why the steps of a model, from a state on the device of `like`, cannot be captured; empty when they can."""
-    if like.device.type != "cuda":
-        return f"CUDA graphs need an NVIDIA GPU, and the state is on {like.device}"
-    if torch.version.hip is not None:
-        return "PyTorch was built for AMD GPUs, where this was never tried"
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return "something else is being compiled or captured"
-    for name, module in model.named_modules():
-        if type(module).__module__.partition(".")[0] not in ("mambax_torch", "torch"):
-            return f"{name} is a {type(module).__qualname__}, which may do what a graph cannot repeat"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name} has forward hooks, which a graph would not call"
-    if any(tensor.device != like.device for tensor in (*model.parameters(), *model.buffers())):
-        return f"not all weights are on {like.device}"
-    return ""
-
-
-def layout_of(model: torch.nn.Module, params: SamplingParams, state: Any) -> Hashable:
-    """What a captured step depends on: it serves as long as this is the same."""
-    arrays = tuple((name, tuple(a.shape), a.dtype, a.device) for name, a in state.arrays().items())
-    weights = tuple((t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers()))
-    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    return arrays, params, weights, autocast, model.training
+from mambax_torch.graph_capture import Replayed, capture, in_turn
+from mambax_torch.graph_limits import Layout, layout_of, tensors_of, why_not_graph
 
 
 class StepGraph:
-    """Buffers for one batch, and the two graphs over them.
+    """Buffers for one batch, and the two graphs over them: a :class:`mambax.backend.Stepper`.
 
     Args:
         model: a causal language model; it is not kept alive.
@@ -64,22 +46,27 @@ class StepGraph:
         self.model = weakref.ref(model)
         self.params = params
         self.layout = layout_of(model, params, state)
+        self.device: torch.device = state.tokens_seen.device
         self.busy = False
+        self.ended: Callable[[StepGraph], None] | None = None  # called at the end of a generation
         self._now = 0  # the set that holds the present state
-        like = state.tokens_seen
-        batch = like.shape[0]
-        pinned = like.device.type == "cuda"
-        with torch.inference_mode(False), torch.no_grad():
+        batch, shape = state.batch, (state.batch, model.config.vocab_size)
+        pinned = self.device.type == "cuda"
+        here: dict[str, Any] = {"device": self.device}
+        host: dict[str, Any] = {"device": "cpu", "pin_memory": pinned}
+        self._streams: list[torch.cuda.Stream | None] = []  # that the buffers have been used on
+        self._views: list[weakref.ref[Any] | None] = [None, None]
+        self._weights: list[Tensor] = []  # while a generation runs, whatever becomes of the model
+        with in_turn(self.device) as stream, torch.inference_mode(False), torch.no_grad():
+            self._streams.append(stream)
             self._states = [_copy(state), _copy(state)]
-            self._tokens = [torch.zeros(batch, dtype=torch.int64, device=like.device) for _ in range(2)]
-            self._uniform = torch.zeros((batch, 1), dtype=torch.float32, device=like.device)
-            self._host_uniforms = [torch.zeros((batch, 1), pin_memory=pinned) for _ in range(2)]
-            self._host_tokens = [torch.zeros(batch, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
-            shape = (batch, model.config.vocab_size)
+            self._tokens = [torch.zeros(batch, dtype=torch.int64, **here) for _ in range(2)]
+            self._uniform = torch.zeros((batch, 1), dtype=torch.float32, **here)
+            self._host_uniforms = [torch.zeros((batch, 1), dtype=torch.float32, **host) for _ in range(2)]
+            self._host_tokens = [torch.zeros(batch, dtype=torch.int64, **host) for _ in range(2)]
             penalised = params.repetition_penalty != 1.0
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=like.device) if penalised else None
+            self._seen = torch.zeros(shape, dtype=torch.bool, **here) if penalised else None
             self._done = [torch.cuda.Event() for _ in range(2)] if pinned else None
-            self._views: list[weakref.ref[Any] | None] = [None, None]
             self._graphs = self._capture() if capture else None
 
     # --- one step --------------------------------------------------------------------------------------------
@@ -94,33 +81,15 @@ class StepGraph:
         before, after = _arrays(self._states[now]), _arrays(self._states[1 - now])
         with written_into(zip(before, after, strict=True)):
             output = model(self._tokens[now].clamp(min=0)[:, None], self._states[now], logits_to_keep=1)
-        new = _arrays(output.state)
-        moved = [(a, b) for a, b in zip(after, new, strict=True) if a.data_ptr() != b.data_ptr() and a.numel()]
-        if moved:
-            ours, theirs = ([pair[i] for pair in moved] for i in (0, 1))
-            torch._foreach_copy_(ours, theirs)  # pyright: ignore[reportPrivateImportUsage]
+        _move(_arrays(output.state), after)
         tokens = sample(ops, output.logits[:, -1], self._uniform, self.params, self._seen)
         self._tokens[1 - now].copy_(tokens)
         if self._seen is not None:
             vocabulary = torch.arange(self._seen.shape[1], device=tokens.device)
             self._seen.logical_or_(vocabulary == tokens[:, None])
 
-    def _capture(self) -> list[torch.cuda.CUDAGraph]:
-        """Both graphs, in one pool of memory: they never run at the same time."""
-        device = self._uniform.device
-        graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
-        with torch.cuda.device(device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # whatever compiles or allocates once does it here
-                for now in (0, 1, 0, 1):
-                    self._step(now)
-            torch.cuda.current_stream().wait_stream(aside)
-            for now, graph in enumerate(graphs):
-                pool = graphs[0].pool() if now else None
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    self._step(now)
-        return graphs
+    def _capture(self) -> Sequence[Replayed]:
+        return capture([partial(self._step, now) for now in (0, 1)], self.device)
 
     # --- a generation ----------------------------------------------------------------------------------------
 
@@ -129,16 +98,19 @@ class StepGraph:
 
         ``seen`` (B, V) bool is what the repetition penalty applies to.
         """
+        if self._seen is not None and seen is None:
+            raise ValueError("StepGraph: a repetition penalty needs `seen`, (B, V) bool; found None")
+        model = self.model()
         self.busy = True
-        self._release_views()
-        now = self._now = 0
-        with torch.inference_mode(False), torch.no_grad():
+        with in_turn(self.device) as stream, torch.inference_mode(False), torch.no_grad():
+            self._is_used_on(stream)
+            self._weights = [] if model is None else [tensor.detach() for tensor in tensors_of(model)]
+            self._release_views()
+            now = self._now = 0
             for ours, theirs in zip(_arrays(self._states[now]), _arrays(state), strict=True):
                 ours.copy_(theirs)
             self._tokens[now].copy_(tokens)
-            if self._seen is not None:
-                if seen is None:
-                    raise ValueError("StepGraph: a repetition penalty needs `seen`, (B, V) bool; found None")
+            if self._seen is not None and seen is not None:
                 self._seen.copy_(seen)
             self._send_tokens(now)
         return self._tokens[now], self._view(now)
@@ -151,17 +123,18 @@ class StepGraph:
             value; the tokens are overwritten by the step after the next.
         """
         now, after = self._now, 1 - self._now
-        self._own_memory(after)
         if self._done is not None:
             self._done[after].synchronize()  # of the step before the last: its host buffers are free then
-        with torch.inference_mode(False), torch.no_grad():
-            self._host_uniforms[after].copy_(torch.from_numpy(uniform))
-            self._uniform.copy_(self._host_uniforms[after], non_blocking=True)
+        with in_turn(self.device) as stream, torch.inference_mode(False), torch.no_grad():
+            self._is_used_on(stream)
+            self._own_memory(after)
+            if self.params.temperature > 0:
+                self._host_uniforms[after].copy_(torch.from_numpy(uniform))
+                self._uniform.copy_(self._host_uniforms[after], non_blocking=True)
             if self._graphs is None:
                 self._step(now)
             else:
-                with torch.cuda.device(self._uniform.device):
-                    self._graphs[now].replay()
+                self._graphs[now].replay()
             self._send_tokens(after)
         self._now = after
         return self._tokens[after], self._view(after)
@@ -177,15 +150,30 @@ class StepGraph:
 
     def end(self, tokens: Tensor) -> Tensor:
         """End the generation: states still held, and these tokens, get memory of their own. Returns the tokens."""
-        self._release_views()
-        self.busy = False
-        return tokens.clone()
+        try:
+            with in_turn(self.device) as stream, torch.inference_mode(False), torch.no_grad():
+                self._is_used_on(stream)
+                self._release_views()
+                return tokens.clone()
+        finally:
+            self._weights = []
+            self.busy = False
+            if self.ended is not None:
+                self.ended(self)
 
     def _send_tokens(self, number: int) -> None:
         self._host_tokens[number].copy_(self._tokens[number], non_blocking=True)
         if self._done is not None:
-            with torch.cuda.device(self._uniform.device):
-                self._done[number].record()
+            self._done[number].record()
+
+    def _is_used_on(self, stream: torch.cuda.Stream | None) -> None:
+        """Keep the buffers' memory, once they are let go of, until this stream is done with it too."""
+        if stream is None or stream in self._streams:
+            return
+        self._streams.append(stream)
+        buffers = [array for state in self._states for array in _arrays(state)]
+        for buffer in (*buffers, *self._tokens, self._uniform, *([] if self._seen is None else [self._seen])):
+            buffer.record_stream(stream)
 
     def _view(self, number: int) -> Any:
         state = self._states[number]
@@ -218,35 +206,95 @@ def _copy(state: Any) -> Any:
     return type(state)(layers, state.tokens_seen.clone())
 
 
+def _move(arrays: list[Tensor], places: list[Tensor]) -> None:
+    """Copy arrays to their places, those of a dtype together; what was made there stays."""
+    moved: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for array, place in zip(arrays, places, strict=True):
+        if array.shape != place.shape or array.dtype != place.dtype:
+            raise RuntimeError(
+                f"a step from a state of {place.dtype} {tuple(place.shape)} gave one of {array.dtype} "
+                f"{tuple(array.shape)}; expected the same, which is all that a graph can hold"
+            )
+        if array.numel() and array.data_ptr() != place.data_ptr():
+            to, of = moved.setdefault(array.dtype, ([], []))
+            to.append(place)
+            of.append(array)
+    for to, of in moved.values():
+        torch._foreach_copy_(to, of)  # pyright: ignore[reportPrivateImportUsage]
+
+
 # --- for each model, the graphs that were captured -----------------------------------------------------------
 
 KEPT = 2
-"""Graphs that are kept for a model, those used last."""
+"""Graphs that are kept for a model, those used last, beside those in use."""
 
-_captured: weakref.WeakKeyDictionary[torch.nn.Module, list[StepGraph]] = weakref.WeakKeyDictionary()
+LEAST = 24
+"""Steps from which on capturing pays; it takes about as long as ten."""
+
+_idle: weakref.WeakKeyDictionary[torch.nn.Module, list[StepGraph]] = weakref.WeakKeyDictionary()
+_failed: weakref.WeakKeyDictionary[torch.nn.Module, list[Layout]] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+"""Of both."""
 
 
-def stepper(model: Any, params: SamplingParams, state: Any, *, capture: bool | None = None) -> StepGraph | None:
-    """The captured step of a model for this batch, from earlier where it still fits; None where it cannot be.
+def stepper(
+    model: Any, params: SamplingParams, state: Any, steps: int = LEAST, *, capture: bool | None = None
+) -> StepGraph | None:
+    """The captured step of a model for this batch, from earlier where it still fits; None where it cannot be, and
+    where it would not pay. :func:`mambax_torch.graph_limits.why_not_graph` says why it cannot.
 
-    :func:`why_not_graph` says why. The caller starts it with ``begin`` and ends it with ``end``.
+    It is the caller's until it calls ``end``. Where capturing fails, there is a warning, and None.
 
     Args:
         model: a causal language model.
         params: how to choose tokens.
         state: the state to decode from, for its sizes and dtypes.
+        steps: how many are to come, at most.
         capture: False for steps without graphs, on any device; for tests.
     """
-    if capture is None and why_not_graph(model, state.tokens_seen):
+    if steps < 1 or (capture is None and why_not_graph(model, state.tokens_seen)):
         return None
-    kept = _captured.setdefault(model, [])
     layout = layout_of(model, params, state)
-    for graph in kept:
-        if graph.layout == layout and not graph.busy:
-            kept.remove(graph)
-            kept.append(graph)
-            return graph
-    del kept[: max(0, len(kept) - KEPT + 1)]  # before the next is made: each holds two states
-    graph = StepGraph(model, params, state, capture=capture is None or capture)
-    kept.append(graph)
-    return graph
+    with _lock:
+        found = _taken(model, layout)
+        if found is None and (steps < LEAST or layout in _failed.get(model, ())):
+            return None
+        if found is None:
+            del _idle[model][: max(0, len(_idle[model]) + 1 - KEPT)]  # before the next is made
+    made = found or _made(model, params, state, layout, capture=capture is None or capture)
+    if made is not None:
+        made.busy, made.ended = True, _give_back
+    return made
+
+
+def _taken(model: Any, layout: Layout) -> StepGraph | None:
+    """A graph that fits, from those kept. Lets go of those whose weights are gone."""
+    kept = [graph for graph in _idle.get(model, ()) if graph.layout.weights == layout.weights]
+    found = next((graph for graph in kept if graph.layout == layout), None)
+    _idle[model] = [graph for graph in kept if graph is not found]
+    return found
+
+
+def _give_back(graph: StepGraph) -> None:
+    """Keep a graph for other generations, and no more than :data:`KEPT`."""
+    model = graph.model()
+    if model is None:
+        return
+    with _lock:
+        kept = [*_idle.get(model, ()), graph]
+        _idle[model] = kept[-KEPT:]
+
+
+def _made(model: Any, params: SamplingParams, state: Any, layout: Layout, *, capture: bool) -> StepGraph | None:
+    """A new graph; None after a warning where it cannot be made, which is not tried again."""
+    try:
+        return StepGraph(model, params, state, capture=capture)
+    except RuntimeError as error:  # what PyTorch, CUDA and a lack of memory raise
+        warnings.warn(
+            f"decoding goes on without a CUDA graph, token by token: capturing a step for {state.batch} row(s) "
+            f"failed with {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+    with _lock:
+        _failed.setdefault(model, []).append(layout)
+    return None

@@ -26,6 +26,7 @@ from mambax import (
 from mambax.backend import Backend
 from mambax_torch.layers import Embedding, Linear
 from mambax_torch.module import Module
+from mambax_torch.quantized import MovedWhole
 
 
 class InferenceParams(state.InferenceParams):
@@ -165,7 +166,7 @@ class SharedBlock(shared_blocks.SharedBlock, Module):
     mlp_cls = SharedMLP
 
 
-class MambaEncoder(encoder.MambaEncoder, Module):
+class MambaEncoder(encoder.MambaEncoder, MovedWhole):
     nn: ClassVar[Backend] = mambax_torch
     block_cls = Block
     shared_cls = SharedBlock
@@ -188,19 +189,19 @@ class MambaBackbone(models.MambaBackbone, MambaEncoder):
     embedding_cls = MambaEmbedding
 
 
-class MambaForCausalLM(models.MambaForCausalLM, Module):
+class MambaForCausalLM(models.MambaForCausalLM, MovedWhole):
     nn: ClassVar[Backend] = mambax_torch
     backbone_cls = MambaBackbone
     head_cls = MambaLMHead
 
 
-class MambaForSequenceClassification(models.MambaForSequenceClassification, Module):
+class MambaForSequenceClassification(models.MambaForSequenceClassification, MovedWhole):
     nn: ClassVar[Backend] = mambax_torch
     backbone_cls = MambaBackbone
     head_cls = MambaClassificationHead
 
 
-class MambaForFeatureExtraction(models.MambaForFeatureExtraction, Module):
+class MambaForFeatureExtraction(models.MambaForFeatureExtraction, MovedWhole):
     nn: ClassVar[Backend] = mambax_torch
     backbone_cls = MambaBackbone
 

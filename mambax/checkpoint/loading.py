@@ -65,9 +65,9 @@ def load(
         local_files_only: use what has been downloaded before, and no network.
         scan: name of the implementation of the scan: of the selective scan, or of ``ssd`` for Mamba-2.
         quantize: ``"int8"`` or ``"int4"`` to quantise the large layers; see :mod:`mambax.quantization`. On the
-            numpy backend, on torch on the CPU, and on mlx, which packs the same weights in its own way. On mlx also
-            2, 3, 4, 6 or 8: bits of a weight as MLX and mlx-lm choose it; see :mod:`mambax.affine`. A checkpoint
-            that was saved quantised is loaded so without it; MLX's packing on mlx alone.
+            numpy backend, on torch on the CPU and on CUDA, and on mlx, which packs the same weights in its own way.
+            On mlx also 2, 3, 4, 6 or 8: bits of a weight as MLX and mlx-lm choose it; see :mod:`mambax.affine`. A
+            checkpoint that was saved quantised is loaded so without it; MLX's packing on mlx alone.
         group_size: inputs to a scale: of ``"int4"`` 32 or 64, of MLX's weights 32, 64 or 128.
         progress: called with (bytes read, bytes in all).
 
@@ -93,7 +93,11 @@ def load(
     described = _describe(source, scan)
     _check_scan(nn, described.config)
     if quantize is not None:
-        _check_quantize(nn, described, quantize, group_size, device, source.name)
+        _check_quantize(nn, described, quantize, group_size, source.name)
+    if (quantize is not None or described.quantization is not None) and (reason := nn.why_not_quantized(device)):
+        raise ValueError(
+            f"{source.name}: quantised weights cannot run on {device!r}: {reason}. Load with device='cpu'"
+        )
     tensors = open_weights(source)
     described = with_layers(described, tensors)
     model = skeleton(nn, described)
@@ -108,9 +112,15 @@ def load(
         _check_dtype(nn, dtype)
     quantizes = quantize is not None and described.quantization is None
     in_place = not quantizes and _shares_memory(nn, device)
-    model.mappings = _set_weights(nn, model, found, repeats, dtype, packed, device, in_place, progress)
+    aside = quantizes and device.partition(":")[0] == "cuda"  # whose memory may not hold the full weights
+    first = "cpu" if aside else device
+    model.mappings = _set_weights(nn, model, found, repeats, dtype, packed, first, in_place, progress)
     if quantizes:
         nn.quantize(model, quantize, group_size)
+    if aside:
+        _move(nn, model, device)
+    if "backbone.embeddings.scales" in packed and nn.name != "mlx":  # what the vectors of a quantised table are in
+        model.backbone.embeddings.dtype = nn.dtype(dtype)
     model.tokenizer = _tokenizer(source, described, local_files_only)
     return model
 
@@ -165,9 +175,7 @@ def _full_skeleton(nn: Backend, described: Description) -> Any:
     return nn.MambaForCausalLM(described.config, init=Initializer(None))
 
 
-def _check_quantize(
-    nn: Backend, described: Description, kind: str | int, group_size: int, device: str, where: str
-) -> None:
+def _check_quantize(nn: Backend, described: Description, kind: str | int, group_size: int, where: str) -> None:
     """Refuse, before any weight is read, what could not be quantised."""
     nn.quantize(_full_skeleton(nn, described), kind, group_size)
     found = described.quantization
@@ -177,8 +185,6 @@ def _check_quantize(
             f"{where}: quantize is {kind!r} in groups of {group_size}, but the checkpoint is quantised already: "
             f"{how}; load it without quantize"
         )
-    if nn.name != "mlx" and device.partition(":")[0] != "cpu":
-        raise ValueError(f"quantize={kind!r} runs on the CPU, but device is {device!r}; load with device='cpu'")
 
 
 def _check_dtype(nn: Backend, dtype: str) -> None:
@@ -238,6 +244,12 @@ def _set_weights(
     mappings = Mappings({item.file.mapped: None for item in found if item.file.mapped is not None})
     mappings.check()  # that what was checked is what they hold
     return mappings
+
+
+def _move(nn: Backend, model: Any, device: str) -> None:
+    """Bring all that a model holds to a device, one array after another."""
+    for name, array in nn.parameters(model).items():
+        nn.set_parameters(model, {name: nn.from_numpy(nn.to_numpy(array), device=device)})
 
 
 def _shares_memory(nn: Backend, device: str) -> bool:
