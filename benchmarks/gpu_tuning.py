@@ -30,9 +30,9 @@ def _case(c: Context, kind: str, sizes: tuple[int, int, int, int]) -> Case:
     from mambax_torch.kernels import scan, tuning
 
     batch, length, channels, states = sizes
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-    arguments = inputs(c, *sizes)
-    given = scan.arguments(ScanOperands(*(arguments[name] for name in names), True, None, None, None))
+    given = scan.arguments(
+        ScanOperands(**inputs(c, *sizes), delta_softplus=True, initial_state=None, mask=None, boundaries=None)
+    )
     job = {
         "kind": kind, "batch": batch, "length": length, "channels": channels, "states": states,
         "precision": c.plan.dtype,
