@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import torch
 from mambax_torch import ops
-from mambax_torch.kernels import tuning
+from mambax_torch.kernels import scan, tuning
 from triton_scan_cases import DEVICE, leaves, probes, results, triton_scan, values_of
 
 # --- how it is laid out -------------------------------------------------------------------------------------------
@@ -40,6 +40,13 @@ def test_segments_cover_every_step():
             assert batch * -(-channels // block) * number <= tuning.Layout().fill * 132  # all at the same time
     assert tuning.segments_of(tuning.Layout(), 8, 2048, 5120, 16, 132).number == 1
     assert tuning.segments_of(tuning.Layout(), 1, 8192, 1536, 16, 132).number == 66
+
+
+def test_what_is_saved_for_the_gradient_is_a_fraction_of_all_states():
+    """Less of it where there is much."""
+    for length, n, interval in ((512, 1, 64), (512, 16, 64), (2048, 16, 128), (512, 64, 128), (16384, 256, 256)):
+        assert np.prod(scan.saved_shape(8, length, 768, n)) * interval == 8 * length * 768 * n
+    assert scan.saved_shape(8, 65536, 5120, 64) == (8, 128, 64, 5120)
 
 
 def test_groups_are_few_where_that_costs_little():

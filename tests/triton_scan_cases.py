@@ -44,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     if not devices.interpreted():
         return
-    monkeypatch.setattr(scan, "interval_of", lambda states: 8)
+    monkeypatch.setattr(scan, "interval_of", lambda *sizes: 8)
     monkeypatch.setattr(scan_backward, "WINDOW", triton.language.constexpr(4))
     monkeypatch.setattr(scan, "ROWS", 2)
     monkeypatch.setattr(scan, "LANES", 4)

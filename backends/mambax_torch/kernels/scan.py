@@ -80,14 +80,21 @@ def arguments(given: ScanOperands) -> Arguments:
     )  # fmt: skip
 
 
-def interval_of(states: int) -> int:
-    """Steps between the states that are saved for the gradient; 16 states then take a byte for each value of u."""
-    return 64 if states <= 32 else 128
+def interval_of(batch: int, length: int, channels: int, states: int) -> int:
+    """Steps between the states that are saved for the gradient, a power of two.
+
+    The states take 4 N / interval bytes for each value of u, twice; the sums of the gradients of B and C take more
+    the fewer intervals there are. The longer an interval, the more of its states are computed once more.
+    """
+    values = batch * length * channels
+    if states <= 32:
+        return 64 if values < 1 << 23 else 128
+    return 128 if values < 1 << 26 else 256 if values < 1 << 27 else 512
 
 
 def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, int, int, int]:
     """The shape (B, I, N, D) of the states that a scan saves."""
-    interval = interval_of(states)
+    interval = interval_of(batch, length, channels, states)
     return batch, (length + interval - 1) // interval, states, channels
 
 
@@ -150,7 +157,7 @@ def forward(
     if given.empty:
         final.zero_() if first is None else final.copy_(first)
         return y, final, saved
-    interval = interval_of(states)
+    interval = interval_of(*given.sizes)
     layout = layout or tuning.layout_of(u.device, *given.sizes)
     block, segments, steps = tuning.segments_of(layout, *given.sizes, tuning.processors(u.device))
     blocks, shape = cdiv(channels, block), _sizes_of_block(block, states) | _side(block, channels)
@@ -224,7 +231,7 @@ def backward(
     if given.empty:
         return _none(given, dfinal)
     u, delta, z, dy = given.u, given.delta, given.z, _rows(dy)
-    intervals, interval = saved.shape[1], interval_of(states)
+    intervals, interval = saved.shape[1], interval_of(*given.sizes)
     A = given.A.t().contiguous()
     marks = (given.mask, given.boundaries)
     adjoints = room(*saved.shape, like=u)
