@@ -68,7 +68,7 @@ def convolution(x, weight, bias=None, *, initial_state=None, mask=None, activati
     y = np.full(x.shape, np.nan)
     final = np.full((batch, past, channels), np.nan)
     for row in range(batch):
-        seen = [np.zeros(channels)] * past if initial_state is None else list(np.float64(initial_state[row]))
+        seen = [np.zeros(channels)] * past if initial_state is None else list(np.asarray(initial_state[row], np.float64))
         for t in range(length):
             if mask is not None and not mask[row, t]:
                 continue

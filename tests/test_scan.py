@@ -52,7 +52,7 @@ def call(backend: str, impl: str, values: dict[str, Any], **options: Any) -> tup
     y, final = nn.selective_scan(**arrays, impl=impl, **options)
     assert y.dtype == arrays["u"].dtype
     assert final.dtype == (nn.float64 if arrays["u"].dtype == nn.float64 else nn.float32)
-    return np.float64(nn.to_numpy(y)), np.float64(nn.to_numpy(final))
+    return np.asarray(nn.to_numpy(y), np.float64), np.asarray(nn.to_numpy(final), np.float64)
 
 
 def check(backend: str, impl: str, values: dict[str, Any], dtype: str = "float32", **options: Any) -> None:

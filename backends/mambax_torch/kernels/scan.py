@@ -28,7 +28,8 @@ LAUNCH: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 """Single warps throughout; products and sums fused whatever Triton's default is."""
 
 REGISTERS = 168
-"""Of a thread of the output kernel: room for twelve programs on a processor, and none of the kernel spills."""
+"""Of a thread of the output kernel: room for twelve programs on a processor. With d_state above 32 a few addresses
+that are needed where a state is saved go to memory for that."""
 
 
 class Arguments(NamedTuple):
