@@ -67,8 +67,9 @@ def convolution(x, weight, bias=None, *, initial_state=None, mask=None, activati
     past = taps.shape[1] - 1
     y = np.full(x.shape, np.nan)
     final = np.full((batch, past, channels), np.nan)
+    first = np.zeros((batch, past, channels)) if initial_state is None else np.asarray(initial_state, np.float64)
     for row in range(batch):
-        seen = [np.zeros(channels)] * past if initial_state is None else list(np.asarray(initial_state[row], np.float64))
+        seen = list(first[row])
         for t in range(length):
             if mask is not None and not mask[row, t]:
                 continue
