@@ -86,6 +86,33 @@ def launch_ssd() -> None:
         ssd_ops.ssd(x, x[..., 0], vector, B, C, **options)[0].sum().backward()
 
 
+def launch_mamba2_step() -> None:
+    """One token through a mixer of Mamba-2 with each option: the sizes of models, and sizes that are one."""
+    from mambax_torch.kernels import step_mamba2
+
+    from mambax.options import Mamba2Options
+
+    for batch, dtype, options, biased in (
+        (1, torch.bfloat16, Mamba2Options(n_heads=80, n_groups=8, dt_limit=(0.1, 1.0)), True),
+        (64, torch.bfloat16, Mamba2Options(n_heads=24, gated_norm="norm_first"), True),
+        (2, torch.float16, Mamba2Options(n_heads=7, head_dim=50, d_state=100, d_conv=3, gated_norm="none"), False),
+        (1, torch.float32, Mamba2Options(n_heads=1, head_dim=1, d_state=1, d_conv=1), False),
+    ):
+        D, C, heads = options.d_inner, options.conv_channels, torch.zeros(options.n_heads)
+        norm = None if options.gated_norm == "none" else torch.zeros(D, dtype=dtype)
+        projected, taps = torch.zeros(batch, D + C + len(heads)), torch.zeros(C, 1, options.d_conv)
+        past = torch.zeros(batch, options.d_conv - 1, C, dtype=dtype)
+        held = torch.zeros(batch, options.n_heads, options.head_dim, options.d_state)
+        step_mamba2.mixed(
+            options, projected.to(dtype), taps.to(dtype), torch.zeros(C, dtype=dtype) if biased else None,
+            heads, heads, heads, norm, (past, held), (past, held),
+        )  # fmt: skip
+        x, dt = held[:, None, :, :, 0].to(dtype), heads.expand(batch, 1, -1).to(dtype)
+        B = torch.zeros(batch, 1, options.n_groups, options.d_state, dtype=dtype)
+        every: dict[str, Any] = {"D": heads, "dt_bias": heads, "dt_softplus": True, "initial_state": held}
+        step_mamba2.ssd_step(x, dt, heads, B, B, **(every if biased else {}), dt_limit=options.dt_limit)
+
+
 def launch_everything() -> None:
     """Each kernel with and without each of its options, in the dtypes of a model in bfloat16."""
     from mambax_torch import cuda_quantized
@@ -136,5 +163,6 @@ if __name__ == "__main__":
     launch_everything()
     launch_scan()
     launch_ssd()
+    launch_mamba2_step()
     for name, size in sorted(sizes.items()):
         print(name, size)

@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 graph_step = pytest.importorskip("mambax_torch.graph_step")
 step_block = pytest.importorskip("mambax_torch.kernels.step_block")
 targets = pytest.importorskip("mambax_torch.kernels.step_targets")
+from torch.overrides import BaseTorchFunctionMode  # noqa: E402
+
 nn = get_backend("torch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -25,7 +27,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def stack(batch: int, dtype: str = "float32", **changes: Any) -> tuple[Any, Any, Any]:
     """The blocks, the next token's hidden state and the blocks' states after some others."""
     small: dict[str, Any] = {"n_layer": 2, "d_model": 20, "d_state": 3, "dt_rank": 3, **changes}
-    model = build(nn, config_of(**small), dtype=dtype).to(DEVICE)
+    return following(build(nn, config_of(**small), dtype=dtype), batch)
+
+
+def following(model: Any, batch: int) -> tuple[Any, Any, Any]:
+    """As :func:`stack` of a model."""
+    model = model.to(DEVICE)
     with torch.no_grad():
         state = model(token_ids(batch, 5)).state
         hidden = model.backbone.embeddings(torch.as_tensor(token_ids(batch, 1), device=DEVICE))
@@ -86,10 +93,11 @@ def test_narrow_weights(dtype, width, wide, rows, monkeypatch):
 def test_taps_that_are_read_together(width):
     """Four of 16 bits are one number of 64, where memory is aligned to it."""
     weight = torch.zeros(6, 1, width, dtype=torch.bfloat16, device=DEVICE)
-    assert (step_block._four_in_one(weight) is None) == (width != 4)
-    assert step_block._four_in_one(weight.float()) is None
+    assert (step_block._four_in_one(weight, torch.bfloat16) is None) == (width != 4)
+    assert step_block._four_in_one(weight, torch.float16) is None  # they would be taken for the values' own dtype
+    assert step_block._four_in_one(weight.float(), torch.float32) is None
     shifted = torch.zeros(6 * width + 2, dtype=torch.bfloat16, device=DEVICE)[2:].view(6, 1, width)
-    assert step_block._four_in_one(shifted) is None
+    assert step_block._four_in_one(shifted, torch.bfloat16) is None
 
 
 def test_without_bias_of_the_convolution():
@@ -132,6 +140,15 @@ def test_the_caller_calls_the_blocks_where_the_kernels_would_be_wrong():
         other, hidden, states = stack(2, **changes)
         with torch.no_grad():
             assert graph_step.decode_step(other, hidden, states) is None
+
+
+def test_where_new_tensors_go_does_not_matter_and_other_modes_do():
+    """``torch.set_default_device`` is a mode too."""
+    layers, hidden, states = stack(1)
+    with torch.no_grad(), torch.device(DEVICE):
+        assert graph_step.decode_step(layers, hidden, states) is not None
+        with BaseTorchFunctionMode():
+            assert graph_step.decode_step(layers, hidden, states) is None
 
 
 def test_products_that_are_modules_are_called():

@@ -23,6 +23,8 @@ KERNELS = {
     "step_quantized_kernels.int8_kernel", "step_quantized_kernels.int4_kernel", "step_quantized_kernels.sum_kernel",
     "step_quantized_kernels.int8_row_kernel", "step_quantized_kernels.int4_row_kernel",
     "step_quantized_kernels.widen_int8_kernel", "step_quantized_kernels.widen_int4_kernel",
+    "step_mamba2_kernels.ssd_kernel", "step_mamba2_kernels.gated_norm_kernel",
+    "step_mamba2_kernels.ssd_step_kernel",
     "ssd_steps.steps_kernel", "ssd_states.sweep_kernel", "ssd_states.carry_kernel", "ssd_forward.output_kernel",
     "ssd_backward.inputs_kernel", "ssd_backward.vectors_kernel", "scan_forward.advance_kernel",
     "scan_forward.output_kernel", "scan_carry.carry_kernel", "scan_adjoint.adjoint_kernel",

@@ -14,6 +14,7 @@ from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed")
+scan_ops = pytest.importorskip("mambax_torch.kernels.scan_ops")
 step = pytest.importorskip("mambax_torch.kernels.step")
 targets = pytest.importorskip("mambax_torch.kernels.step_targets")
 
@@ -93,6 +94,38 @@ def test_softplus_is_exact_for_every_time_step():
     )  # fmt: skip
     want = np.logaddexp(0, array(delta))
     assert (np.abs(array(y)[0, 0] - want) <= 1e-6 * want).all()
+    y, _ = step.scan_step(
+        ones, ones * float("nan"), torch.zeros(count, 1, device=DEVICE), ones[..., :1], ones[..., :1],
+        delta_softplus=True,
+    )  # fmt: skip
+    assert y.isnan().all()
+
+
+@pytest.mark.parametrize("states", [5, 16])
+def test_the_scan_takes_one_position_in_one_launch(states, monkeypatch):
+    """Which of no mask, no boundary and no gradient wanted is all there is; the state goes where it belongs."""
+    given = {**scan_arguments(20, states), "delta_softplus": True}
+    wide = {name: x if isinstance(x, bool) else array(x) for name, x in given.items()}
+    want, last = reference.scan(**wide)
+    room = torch.full_like(given["initial_state"], float("nan"))
+    with targets.written_into([(given["initial_state"], room)]):
+        y, after = scan_ops.selective_scan(**given)
+    assert after is room
+    assert_close(array(y), want, what="y")
+    assert_close(array(after), last, what="state")
+    many = torch.stack([normal(20), normal(20)], 1)
+    apart = {**given, "D": many[:, 0], "delta_bias": many[:, 1], "A": given["A"].T.contiguous().T}
+    for name in ("D", "delta_bias", "A"):
+        wide[name] = array(apart[name])
+    assert_close(array(scan_ops.selective_scan(**apart)[0]), reference.scan(**wide)[0], what="parts of others")
+    taken = []
+    monkeypatch.setattr(scan_ops, "scan_step", lambda *a, **k: taken.append(1) or (a[0], None))
+    scan_ops.selective_scan(**{**given, "initial_state": None})
+    assert len(taken) == 1
+    exists = torch.ones(3, 1, dtype=torch.bool, device=DEVICE)
+    for other in ({"mask": exists}, {"boundaries": exists}, {"u": given["u"].clone().requires_grad_()}):
+        scan_ops.selective_scan(**{**given, **other})
+    assert len(taken) == 1
 
 
 def test_a_log_is_the_matrix():

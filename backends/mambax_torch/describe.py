@@ -27,7 +27,9 @@ def describe() -> Mapping[str, str]:
         "device": found,
         "selective_scan": _fused(device, "pscan, in tensor operations"),
         "causal_conv1d": _fused(device, "tensor operations"),
-        "ssd": _fused(device, "chunked, in tensor operations", old_for_ssd(), "; a single token sequentially"),
+        "ssd": _fused(
+            device, "chunked, in tensor operations", old_for_ssd(), "; a single token with a gradient sequentially"
+        ),
         "products": products,
         "one token": _one_token(device),
     }

@@ -12,7 +12,8 @@ from mambax import mamba2, scan
 from mambax import ssd as duality
 from mambax_torch import ops
 from mambax_torch.fused import scan_implementations, why_not_cpu_kernels
-from mambax_torch.kernels.devices import why_not_triton_ssd
+from mambax_torch.kernels.devices import why_not_triton, why_not_triton_ssd
+from mambax_torch.operators import may_call_directly
 
 
 def ssd_implementations() -> Mapping[str, str]:
@@ -24,8 +25,9 @@ def ssd_implementations() -> Mapping[str, str]:
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any, impl: str = "auto", **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """:func:`mambax.ssd.ssd`. Unless named otherwise: fused kernels on the CPU and, for more than a single token,
-    on NVIDIA GPUs, up to float32; else chunked, or sequential for a single token."""
+    """:func:`mambax.ssd.ssd`. Unless named otherwise: fused kernels on the CPU and on NVIDIA GPUs, up to float32,
+    there for a single token only where nothing is traced or wants a gradient; else chunked, or sequential for a
+    single token."""
     available = dict.fromkeys(duality.ALGORITHMS, "")
     reason = why_not_cpu_kernels(x).replace("pscan", "chunked")  # which is what it is called here
     available |= {"cpu": reason, "triton": why_not_triton_ssd(x, B)}
@@ -36,6 +38,10 @@ def ssd(
     else:
         automatic = "sequential" if x.shape[1] == 1 else "chunked"
     algorithm = scan.choose(impl, automatic, available)
+    if impl in ("auto", "triton") and _is_step(x, dt, A, B, *args, **options):
+        from mambax_torch.kernels import step_mamba2
+
+        return step_mamba2.ssd_step(x, dt, A, B, *args, **{k: options[k] for k in options if k not in _FLAGS})
     if algorithm == "triton":
         from mambax_torch.kernels import ssd_ops
 
@@ -48,16 +54,32 @@ def ssd(
         return duality.ssd(ops, x, dt, A, B, *args, algorithm=algorithm, **options)
 
 
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """:func:`mambax.mamba2.gated_rms_norm`, the gate first; on the CPU, where nothing asks for a gradient, by the
-    fused kernels up to float32."""
-    from mambax_torch.cpu_ops import shared
-    from mambax_torch.operators import may_call_directly
+_FLAGS = ("mask", "boundaries")
 
+
+def _is_step(x: Tensor, *args: Any, **options: Any) -> bool:
+    """Whether this is a single token on a GPU, without a mask or a boundary, of which nothing wants a gradient."""
+    one = x.is_cuda and x.shape[1] == 1 and all(options.get(name) is None for name in _FLAGS)
+    if not one or why_not_triton(x):
+        return False
+    return may_call_directly([x, *(t for t in (*args, *options.values()) if isinstance(t, Tensor))])
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """:func:`mambax.mamba2.gated_rms_norm`, the gate first; on the CPU and on NVIDIA GPUs, where nothing asks for
+    a gradient, by the fused kernels up to float32."""
     floats = torch.float64 not in (y.dtype, z.dtype, weight.dtype)
-    if not floats or why_not_cpu_kernels(y) or not may_call_directly((y, z, weight)):
+    direct = floats and may_call_directly((y, z, weight))
+    if direct and y.is_cuda and not why_not_triton(y):
+        from mambax_torch.kernels import norm, step_mamba2
+
+        if weight.shape[0] // groups <= norm.WIDEST:
+            return step_mamba2.gated_norm(y, z, weight.contiguous(), groups, eps)
+    if not direct or why_not_cpu_kernels(y):
         return mamba2.gated_rms_norm(ops, y, z, weight, groups, eps)
     from mambax_cpu import gated_norm
+
+    from mambax_torch.cpu_ops import shared
 
     threads = torch.get_num_threads()
     return ops.from_numpy(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mambax.scan import check_shapes, refuse_mask_with_boundaries
 from mambax_torch.kernels import scan
+from mambax_torch.kernels.step import scan_step
 from mambax_torch.operands import ScanOperands
-from mambax_torch.operators import differentiable_once
+from mambax_torch.operators import differentiable_once, may_call_directly
 
 
 def _forward(given: ScanOperands, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +51,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """:func:`mambax.scan.selective_scan` by the Triton kernels, differentiable (once), the same bits every time.
 
-    u, delta, B, C and z are taken by their strides where neighbouring channels lie side by side.
+    u, delta, B, C and z are taken by their strides where neighbouring channels lie side by side. One position of
+    which no gradient is wanted is one launch; :mod:`mambax_torch.kernels.step_targets` says where its state goes.
 
     Raises:
         ValueError: for a shape that does not fit, tensors on another device than u, and a mask with boundaries.
@@ -64,7 +66,10 @@ def selective_scan(
     for name, x in {"delta": delta, "A": A, "B": B, "C": C, **optional}.items():
         if x is not None and x.device != u.device:
             raise ValueError(f"selective_scan: {name} is on {x.device} and u on {u.device}; move it there")
-    y, final, _ = _scan(
-        ScanOperands(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, mask, boundaries)
-    )
+    given = ScanOperands(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, mask, boundaries)
+    is_step = u.shape[1] == 1 and mask is None and boundaries is None
+    if is_step and may_call_directly([x for x in given if not isinstance(x, bool)]):
+        options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "initial_state": initial_state}
+        return scan_step(u, delta, A, B, C, D, z=z, **options)
+    y, final, _ = _scan(given)
     return y, final

@@ -35,7 +35,7 @@ def _check(name: str, tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]])
             raise ValueError(f"{name}: {label} is {tuple(tensor.shape)}; expected {shape}")
 
 
-def _side_by_side(x: Tensor) -> Tensor:
+def side_by_side(x: Tensor) -> Tensor:
     """x with neighbouring channels side by side; a copy only if it must be."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -62,7 +62,7 @@ def conv_step_into(
         ValueError: for a shape that does not fit.
     """
     batch, channels = x.shape
-    width = weight.shape[2]
+    width, has_bias = weight.shape[2], bias is not None
     state = (batch, width - 1, channels)
     _check(
         "conv_step",
@@ -71,14 +71,14 @@ def conv_step_into(
     )  # fmt: skip
     if not (before.is_contiguous() and after.is_contiguous()):
         raise ValueError("conv_step: the states before and after must be contiguous; call .contiguous() on them")
-    x = _side_by_side(x)
+    x, bias = side_by_side(x), x if bias is None else bias.contiguous()
     y = torch.empty((batch, channels), dtype=x.dtype, device=x.device)
     block = min(CONV_BLOCK, next_power_of_2(channels))
     blocks = cdiv(channels, block)
     with on_device_of(x):
         KERNELS.conv_step_kernel[(batch * blocks,)](
-            x, weight.contiguous(), x if bias is None else bias, before, y, after, x.stride(0), channels, blocks,
-            K=width, HAS_BIAS=bias is not None, SILU=activation == "silu", BLOCK_D=block, **LAUNCH,
+            x, weight.contiguous(), bias, before, y, after, x.stride(0), channels, blocks,
+            K=width, HAS_BIAS=has_bias, SILU=activation == "silu", BLOCK_D=block, **LAUNCH,
         )  # fmt: skip
     return y
 
@@ -123,15 +123,16 @@ def scan_step_into(
     for held in (before, after):
         if held is not None and not (held.dtype == torch.float32 and held.is_contiguous()):
             raise ValueError(f"scan_step: states must be float32 and contiguous, found {held.dtype}")
-    u, delta, B, C = map(_side_by_side, (u, delta, B, C))
-    gate = u if z is None else _side_by_side(z)
+    u, delta, B, C = map(side_by_side, (u, delta, B, C))
+    gate = u if z is None else side_by_side(z)
+    skip, bias = (u if x is None else x.contiguous() for x in (D, delta_bias))
     y = torch.empty((batch, channels), dtype=u.dtype, device=u.device)
     wide = next_power_of_2(states)
     block = max(1, min(SCAN_BLOCK // wide, next_power_of_2(channels)))
     blocks = cdiv(channels, block)
     with on_device_of(u):
         KERNELS.scan_step_kernel[(batch * blocks,)](
-            u, delta, A.contiguous(), B, C, u if D is None else D, gate, u if delta_bias is None else delta_bias,
+            u, delta, A.contiguous(), B, C, skip, gate, bias,
             after if before is None else before, y, after,
             u.stride(0), delta.stride(0), B.stride(0), C.stride(0), gate.stride(0), channels, states, blocks,
             IS_LOG=A_is_log, HAS_SKIP=D is not None, HAS_GATE=z is not None, HAS_BIAS=delta_bias is not None,
@@ -172,8 +173,8 @@ def _new_scan_step(
     before: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y (B, D) and the state after (B, D, N) float32."""
-    after = target_of(before)
     before = None if before is None else before.float().contiguous()
+    after = target_of(before)
     if after is None:
         after = torch.empty((*u.shape, A.shape[1]), dtype=torch.float32, device=u.device)
     return scan_step_into(u, delta, A, B, C, D, z, delta_bias, delta_softplus, before, after), after

@@ -54,7 +54,7 @@ def mixed(
     y = torch.empty((batch, channels), dtype=xz.dtype, device=xz.device)
     x, z = xz[:, :channels], xz[:, channels:]
     bias = xz if conv_bias is None else conv_bias
-    taps = _four_in_one(conv_weight)
+    taps = _four_in_one(conv_weight, xz.dtype)
     switches = {"K": width, "HAS_BIAS": conv_bias is not None, "PACKED": taps is not None}
     taps = conv_weight if taps is None else taps
     block_o, wide_d = 2, min(WIDEST, next_power_of_2(channels))
@@ -76,8 +76,11 @@ def mixed(
     return y
 
 
-def _four_in_one(weight: Tensor) -> Tensor | None:
-    """The taps (D, 1, 4) of a convolution in 16 bits as (D,) int64; None where they are not so many and narrow."""
-    if weight.shape[2] != 4 or weight.element_size() != 2 or weight.data_ptr() % 8 or weight.storage_offset() % 4:
+def _four_in_one(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The taps (D, 1, 4) of a convolution of values in `dtype`, of 16 bits too, as (D,) int64; None where they are
+    not so many, not of that dtype or not aligned."""
+    if weight.shape[2] != 4 or weight.element_size() != 2 or weight.dtype != dtype:
+        return None
+    if weight.data_ptr() % 8 or weight.storage_offset() % 4:
         return None
     return weight.view(torch.int64).view(-1)

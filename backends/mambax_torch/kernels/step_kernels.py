@@ -43,13 +43,13 @@ def conv_step_kernel(
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) in float32, exact to a few roundings for every x."""
+    """log(1 + e^x) in float32, exact to a few roundings for every x; NaN stays NaN."""
     grown = tl.exp(tl.minimum(x, 20.0))
     one_more = 1.0 + grown
     rounded = one_more - 1.0  # what of e^x is left in 1 + e^x
     left = tl.where(rounded > 0.0, rounded, 1.0)
     small = tl.where(rounded > 0.0, tl.log(one_more) * (grown / left), grown)
-    return tl.where(x > 20.0, x, small)
+    return tl.where(x <= 20.0, small, x)
 
 
 @triton.jit
