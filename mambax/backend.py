@@ -258,6 +258,19 @@ class Backend(Ops, Protocol):
 
     # dt_proj(dt) and None, or the product and the bias apart where the framework would round their sum
 
+    def mix(
+        self,
+        mixer: Any,  # mambax.blocks.MambaMixer, or what a user has made of it
+        xz: Array,  # (B, L, 2D)
+        A: Array,  # (D, N)
+        state: Any,  # as of MambaMixer.mix, which asks, and so are the rest and what is returned
+        mask: Array | None,
+        boundaries: Array | None,
+    ) -> tuple[Array, Any] | None: ...
+
+    # what is between the mixer's projections, the same within rounding as its definition computes, in less memory;
+    # None where the definition is to do it: where nothing is gained, and where anything is not what mambax makes
+
     def decode_step(
         self, layers: Sequence[Any], hidden: Array, states: Sequence[Any]
     ) -> tuple[Array, tuple[Any, ...]] | None: ...

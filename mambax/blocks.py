@@ -29,6 +29,12 @@ def time_steps(dt_proj: Any, dt: Array) -> tuple[Array, Array | None]:
     return dt_proj(dt), None
 
 
+def mix(
+    mixer: Any, xz: Array, A: Array, state: LayerState | None, mask: Array | None, boundaries: Array | None
+) -> None:
+    """See :meth:`mambax.backend.Backend.mix`: None, whatever it is, so that the definition does it."""
+
+
 class MambaMixer:
     """The selective state-space mixer of Mamba-1 (Gu and Dao 2023, figure 3; ``Mamba`` in mamba_ssm).
 
@@ -109,6 +115,9 @@ class MambaMixer:
         """What is between the projections: (B, L, 2D) to (B, L, D); arguments as of :meth:`forward`."""
         nn, D, N = self.nn, self.config.d_inner, self.config.d_state
         rank = int(self.config.dt_rank)
+        A = -nn.exp(at_least_float32(nn, self.A_log))
+        if (mixed := nn.mix(self, xz, A, state, mask, boundaries)) is not None:
+            return mixed
         x, z = xz[..., :D], xz[..., D:]
         x, conv = self.conv1d(x, None if state is None else state.conv, mask, boundaries)  # (B, L, D)
         dbc = self.x_proj(x)  # (B, L, R + 2N)
@@ -117,7 +126,7 @@ class MambaMixer:
         y, ssm = nn.selective_scan(
             x,
             delta,
-            -nn.exp(at_least_float32(nn, self.A_log)),
+            A,
             B,
             C,
             self.D,

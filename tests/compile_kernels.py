@@ -116,7 +116,7 @@ def launch_mamba2_step() -> None:
 def launch_everything() -> None:
     """Each kernel with and without each of its options, in the dtypes of a model in bfloat16."""
     from mambax_torch import cuda_quantized
-    from mambax_torch.kernels import conv, norm, step, step_block
+    from mambax_torch.kernels import conv, gated_norm, norm, step, step_block
 
     narrow, B, L, D = torch.bfloat16, 2, 64, 256
     x = torch.zeros(B, L, 2 * D, dtype=narrow)[..., :D].requires_grad_()
@@ -129,6 +129,8 @@ def launch_everything() -> None:
     for scale, residual in ((rows[0].detach(), stream), (stream[0].detach(), None)):
         y, total = norm.rms_norm(rows, scale, 1e-5, residual)
         (y.float() + total.float()).sum().backward()
+        groups = 1 if residual is None else 8
+        gated_norm.gated_norm(stream[None], rows[None], scale, groups, 1e-5).sum().backward()
     with torch.no_grad():
         for batch in (1, 2):
             one = x[:batch, :1]

@@ -19,6 +19,7 @@ PROGRAM = Path(__file__).parent / "compile_kernels.py"
 KERNELS = {
     "conv_kernels.forward_kernel", "conv_kernels.weight_gradient_kernel", "conv_kernels.input_gradient_kernel",
     "norm_kernels.forward_kernel", "norm_kernels.backward_kernel", "step_kernels.conv_step_kernel",
+    "gated_norm_kernels.gradient_kernel",
     "step_kernels.scan_step_kernel", "step_block_kernels.x_proj_kernel", "step_block_kernels.scan_kernel",
     "step_quantized_kernels.int8_kernel", "step_quantized_kernels.int4_kernel", "step_quantized_kernels.sum_kernel",
     "step_quantized_kernels.int8_row_kernel", "step_quantized_kernels.int4_row_kernel",

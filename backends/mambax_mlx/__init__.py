@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambax.blocks import time_steps
+from mambax.blocks import mix, time_steps
 from mambax.decoding import stepper
 from mambax_mlx.attention import attention
 from mambax_mlx.describe import describe

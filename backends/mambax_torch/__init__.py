@@ -9,6 +9,7 @@ from mambax_torch.experts import mixture
 from mambax_torch.fused import causal_conv1d, scan_implementations, selective_scan
 from mambax_torch.graph import stepper
 from mambax_torch.layers import CausalConv1d, Embedding, Linear, RMSNorm, time_steps
+from mambax_torch.mix_ops import mix
 from mambax_torch.models import (
     Block,
     InferenceParams,

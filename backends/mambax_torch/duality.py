@@ -13,7 +13,7 @@ from mambax import ssd as duality
 from mambax_torch import ops
 from mambax_torch.fused import scan_implementations, why_not_cpu_kernels
 from mambax_torch.kernels.devices import why_not_triton, why_not_triton_ssd
-from mambax_torch.operators import may_call_directly
+from mambax_torch.operators import are_plain, may_call_directly
 
 
 def ssd_implementations() -> Mapping[str, str]:
@@ -66,15 +66,16 @@ def _is_step(x: Tensor, *args: Any, **options: Any) -> bool:
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """:func:`mambax.mamba2.gated_rms_norm`, the gate first; on the CPU and on NVIDIA GPUs, where nothing asks for
-    a gradient, by the fused kernels up to float32."""
+    """:func:`mambax.mamba2.gated_rms_norm`, the gate first; on NVIDIA GPUs, and on the CPU where nothing asks for a
+    gradient, by the fused kernels up to float32."""
     floats = torch.float64 not in (y.dtype, z.dtype, weight.dtype)
     direct = floats and may_call_directly((y, z, weight))
-    if direct and y.is_cuda and not why_not_triton(y):
-        from mambax_torch.kernels import norm, step_mamba2
+    if floats and y.is_cuda and are_plain((y, z, weight)) and not why_not_triton(y):
+        from mambax_torch.kernels import gated_norm, norm, step_mamba2
 
         if weight.shape[0] // groups <= norm.WIDEST:
-            return step_mamba2.gated_norm(y, z, weight.contiguous(), groups, eps)
+            by_kernel = step_mamba2.gated_norm if direct else gated_norm.gated_norm
+            return by_kernel(y, z, weight.contiguous(), groups, eps)
     if not direct or why_not_cpu_kernels(y):
         return mamba2.gated_rms_norm(ops, y, z, weight, groups, eps)
     from mambax_cpu import gated_norm

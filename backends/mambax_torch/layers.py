@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from mambax.init import Initial
 from mambax.scan import at_least_float32
-from mambax_torch import ops
+from mambax_torch import normed_ops, ops
 from mambax_torch.fused import causal_conv1d, why_not_cpu_kernels
 from mambax_torch.kernels.devices import why_not_triton
 from mambax_torch.module import Module, Parameter
@@ -31,9 +31,10 @@ _LARGE_NORM = 1 << 14
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias. In host memory: by the kernels of mambax_cpu for few rows where no gradient is wanted, for
-    many by the fastest product of this machine."""
+    many by the fastest product of this machine. Elsewhere: for the gradient, what a norm gave is not kept."""
     if not _in_host_memory(x, weight):
-        return F.linear(x, weight, bias)
+        product = normed_ops.linear(x, weight, bias)
+        return F.linear(x, weight, bias) if product is None else product
     if _few_rows(x, weight, bias):
         from mambax_torch import linear_ops
 
@@ -96,14 +97,24 @@ def time_steps(dt_proj: Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
     The bias is several times larger than what the product gives, and their sum goes through an exponential: rounded
     to bfloat16, it makes time steps wrong by up to a sixtieth. In what ``torch.compile`` traces it still does.
     """
-    if torch.is_autocast_enabled(dt.device.type) and _is_plain_linear(dt_proj):
+    if torch.is_autocast_enabled(dt.device.type) and is_plain_linear(dt_proj):
         return _linear(dt, dt_proj.weight, None), dt_proj.bias
     return dt_proj(dt), None
 
 
-def _is_plain_linear(layer: Module) -> TypeGuard[Linear]:
+def is_plain_linear(layer: Module) -> TypeGuard[Linear]:
     """Whether calling a layer runs :class:`Linear` and nothing else."""
-    if type(layer) is not Linear or getattr(layer.forward, "__func__", None) is not _FORWARD:
+    return type(layer) is Linear and _runs(layer, _FORWARD)
+
+
+def is_plain_conv(layer: Module) -> TypeGuard[CausalConv1d]:
+    """Whether calling a layer runs :class:`CausalConv1d` and nothing else."""
+    return type(layer) is CausalConv1d and _runs(layer, _CONV_FORWARD)
+
+
+def _runs(layer: Module, forward: object) -> bool:
+    """Whether calling a layer runs this function as its ``forward``, and no hook."""
+    if getattr(layer.forward, "__func__", None) is not forward:
         return False
     return not any_global_hook() and not any(getattr(layer, name) for name in HOOKS)
 
@@ -147,7 +158,8 @@ class RMSNorm(Module):
         if x.is_cuda and not why_not_triton(x):
             from mambax_torch.kernels import norm
 
-            return norm.rms_norm(x, self.weight, self.eps)[0]
+            y, _ = norm.rms_norm(x, self.weight, self.eps)
+            return normed_ops.remember(y, x, self.weight, self.eps)
         if x.numel() >= _LARGE_NORM and _plain(self.weight) and not why_not_cpu_kernels(x):
             from mambax_torch import norm_ops
 
@@ -185,3 +197,6 @@ class CausalConv1d(Module):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"{self.weight.shape[0]}, kernel_size={self.weight.shape[2]}, bias={self.bias is not None}"
+
+
+_CONV_FORWARD = CausalConv1d.forward

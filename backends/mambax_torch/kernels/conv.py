@@ -74,7 +74,7 @@ def _operands(
     return pointers, {"K": weight.shape[2], **switches}
 
 
-def _forward(given: ConvOperands) -> Tensor:
+def forward(given: ConvOperands) -> Tensor:
     """y (B, L, D)."""
     x, weight, bias, initial_state, mask, boundaries, activation = given
     batch, length, channels = x.shape
@@ -100,7 +100,7 @@ def _strides(initial_state: Tensor | None) -> tuple[int, int]:
     return initial_state.shape[1] * initial_state.shape[2], initial_state.shape[2]
 
 
-def _backward(given: ConvOperands, dy: Tensor) -> list[Tensor | None]:
+def backward(given: ConvOperands, dy: Tensor) -> list[Tensor | None]:
     """The gradients of x, weight, bias and initial_state; None for what is None."""
     x, weight, bias, initial_state, mask, boundaries, activation = given
     (batch, length, channels), width = x.shape, weight.shape[2]
@@ -137,7 +137,7 @@ def _backward(given: ConvOperands, dy: Tensor) -> list[Tensor | None]:
 
 
 _conv = differentiable_once(
-    "mambax::triton_causal_conv1d", ConvOperands, forward=_forward, room=ConvOperands.room, backward=_backward
+    "mambax::triton_causal_conv1d", ConvOperands, forward=forward, room=ConvOperands.room, backward=backward
 )
 
 

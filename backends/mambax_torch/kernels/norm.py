@@ -28,13 +28,13 @@ def _launch(block: int) -> dict[str, Any]:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """(R, M) with neighbouring channels side by side; a copy only if it must be."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _forward(
+def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, residual + x (no elements without a residual), and 1 / rms (R,) for the backward pass, if `keep`."""
@@ -45,8 +45,8 @@ def _forward(
     inverse = torch.empty(count if keep else 0, dtype=torch.float32, device=x.device)
     if count == 0:
         return y, stream, inverse
-    rows = _rows(x)
-    before = rows if residual is None else _rows(residual)
+    rows = as_rows(x)
+    before = rows if residual is None else as_rows(residual)
     block = next_power_of_2(width)
     with on_device_of(x):
         KERNELS.forward_kernel[(count,)](
@@ -71,8 +71,8 @@ def _gradients(
     each = cdiv(count, PROGRAMS)
     programs = cdiv(count, each)
     partials = torch.empty((programs, width), dtype=torch.float32, device=s.device)
-    rows, of_y = _rows(s), _rows(dy)
-    of_total = of_y if dtotal is None else _rows(dtotal)
+    rows, of_y = as_rows(s), as_rows(dy)
+    of_total = of_y if dtotal is None else as_rows(dtotal)
     block = next_power_of_2(width)
     with on_device_of(s):
         KERNELS.backward_kernel[(programs,)](
@@ -83,7 +83,7 @@ def _gradients(
     return dx, dresidual, partials.sum(0).to(weight.dtype)
 
 
-_norm = torch.library.custom_op("mambax::triton_rms_norm", _forward, mutates_args=())
+_norm = torch.library.custom_op("mambax::triton_rms_norm", forward, mutates_args=())
 
 
 @_norm.register_fake
@@ -148,7 +148,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"rms_norm: residual is {tuple(residual.shape)}; expected {tuple(x.shape)}")
     if may_call_directly((x, residual, weight)):
-        y, total, _ = _forward(x, residual, weight, eps, False)
+        y, total, _ = forward(x, residual, weight, eps, False)
     else:
         tensors = (x, residual, weight)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
