@@ -89,9 +89,8 @@ class _Linear(torch.autograd.Function):
         weight, x, norm_weight = ctx.saved_tensors
         of_y, of_weight, of_bias, *_ = ctx.needs_input_grad
         dy = dweight = dbias = None
-        with torch.autocast(
-            gradient.device.type, enabled=False
-        ):  # whatever it was, the dtypes are those of forward
+        # whatever autocast does now, the dtypes are those of forward
+        with torch.autocast(gradient.device.type, enabled=False):
             rows = gradient.flatten(0, -2)
             if of_weight:
                 y = norm.forward(x, None, norm_weight, ctx.eps, False)[0].to(weight.dtype)
