@@ -18,6 +18,10 @@ WITH_GRADIENTS = ("torch", "mlx")
 FLOAT32_ALWAYS = (".A_log", ".D", ".dt_proj.bias")
 """Parameters that stay in float32 when the others are narrower."""
 
+TORCH = pytest.mark.skipif(not is_installed("torch"), reason="torch is not installed")
+MLX = pytest.mark.skipif(not is_installed("mlx"), reason="mlx is not installed")
+"""For tests that need one framework."""
+
 TORCH_COMPILES = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 """For tests that start torch's compiler, which uses what torch itself deprecates."""
 

@@ -9,16 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import TORCH_COMPILES
+from harness import TORCH, TORCH_COMPILES
 from mambax_cpu import convolution, scan
 from mambax_cpu.tiles import CONV_TILE, WIDTH
 from mambax_cpu.tiles import SCAN_TILE as TILE
 from test_cpu_kernels import SIZES, SPAN, conv_values, normal, scan_values, torch_leaves
 from tolerances import GRADIENT, assert_close, relative_error
 
-from mambax.registry import is_installed
-
-TORCH = pytest.mark.skipif(not is_installed("torch"), reason="torch is not installed")
 SHARES = pytest.mark.parametrize("share", [0.03, 0.5, 1.0])
 """How many of the steps begin a sequence, or exist."""
 

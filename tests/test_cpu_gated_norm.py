@@ -9,13 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import BACKENDS, WITH_GRADIENTS, backend_params
+from harness import BACKENDS, TORCH, WITH_GRADIENTS, backend_params
 from tolerances import GRADIENT, assert_close
 
 from mambax import get_backend
-from mambax.registry import is_installed
-
-TORCH = pytest.mark.skipif(not is_installed("torch"), reason="torch is not installed")
 
 
 def gated_values(dtype: str = "float32") -> tuple[np.ndarray, ...]:

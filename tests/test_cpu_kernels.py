@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from harness import TORCH
 from kernel_cases import of_lanes
 from mambax_cpu import convolution, scan
 from mambax_cpu.tiles import SCAN_GROUP as GROUP
@@ -18,9 +19,6 @@ from mambax_cpu.tiles import SCAN_TILE as TILE
 from mambax_cpu.tiles import WIDTH
 from tolerances import GRADIENT, assert_close, relative_error
 
-from mambax.registry import is_installed
-
-TORCH = pytest.mark.skipif(not is_installed("torch"), reason="torch is not installed")
 SPAN = GROUP * WIDTH
 SIZES = [  # (B, L, D, N): borders of tiles, of blocks of channels and of groups of blocks
     (1, 1, 1, 1),

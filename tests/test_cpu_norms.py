@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import TORCH_COMPILES
+from harness import TORCH, TORCH_COMPILES
 from mambax_cpu import norm, norm_gradient
 from mambax_cpu.tiles import NORM_ROWS
 from tolerances import FORWARD, GRADIENT, assert_close, relative_error
 
 from mambax import get_backend
-from mambax.registry import is_installed
 
-TORCH = pytest.mark.skipif(not is_installed("torch"), reason="torch is not installed")
 SHAPES = [(1, 1), (3, 5), (2, 7, 16), (NORM_ROWS, 33), (2, NORM_ROWS + 1, 100), (1000, 48), (5, 768)]
 EPS = 1e-5
 

@@ -9,15 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import TORCH_COMPILES
+from harness import MLX, TORCH, TORCH_COMPILES
 from mambax_cpu import scan
 from test_cpu_kernels import conv_values, scan_values
 from tolerances import FORWARD, GRADIENT, assert_close
 
-from mambax.registry import is_installed
-
-TORCH = pytest.mark.skipif(not is_installed("torch"), reason="torch is not installed")
-MLX = pytest.mark.skipif(not is_installed("mlx"), reason="mlx is not installed")
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 SCAN_VALUES = scan_values(2, 37, 20, 5)
 CONV_VALUES = conv_values(2, 37, 20, 4)

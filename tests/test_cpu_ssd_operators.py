@@ -10,17 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from cpu_ssd_cases import LIMITS, NAMES, as_arrays, flags_of, poison_memory, reference, values_of
-from harness import BACKENDS, TORCH_COMPILES, WITH_GRADIENTS, backend_params
+from harness import BACKENDS, MLX, TORCH, TORCH_COMPILES, WITH_GRADIENTS, backend_params
 from mambax_cpu import ssd as fused
 from mambax_cpu.ssd_tiles import CHUNK
 from tolerances import FORWARD, GRADIENT, assert_close
 
 from mambax import get_backend
 from mambax import ssd as duality
-from mambax.registry import is_installed
-
-TORCH = pytest.mark.skipif(not is_installed("torch"), reason="torch is not installed")
-MLX = pytest.mark.skipif(not is_installed("mlx"), reason="mlx is not installed")
 
 
 @pytest.fixture(autouse=True)

@@ -127,13 +127,20 @@ def test_of_adapters_put_on_and_merged(record):
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token by the Triton kernels of the whole stack, of which the recorder sees the launches alone."""
     from mambax_torch import graph_step
-    from mambax_torch.kernels import norm_kernels, step_block_kernels, step_kernels, step_mamba2_kernels
+    from mambax_torch.kernels import (
+        gated_norm_kernels,
+        norm_kernels,
+        step_block_kernels,
+        step_kernels,
+        step_mamba2_kernels,
+    )
 
     for module, names in (
         (norm_kernels, ["forward_kernel"]),
         (step_block_kernels, ["x_proj_kernel", "scan_kernel"]),
         (step_kernels, ["conv_step_kernel", "scan_step_kernel"]),
-        (step_mamba2_kernels, ["ssd_kernel", "gated_norm_kernel"]),
+        (step_mamba2_kernels, ["ssd_kernel"]),
+        (gated_norm_kernels, ["forward_kernel"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, graph_recorder.Launched(getattr(module, name)))

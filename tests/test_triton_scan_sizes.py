@@ -92,11 +92,12 @@ def test_compiled_for_an_h100(tmp_path):
         pytest.skip(run.stdout.strip())
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
-    assert found.keys() == {"output", "advance", "carry", "adjoint", "gradient"}
+    assert found.keys() == {"output", "output saving states", "advance", "carry", "adjoint", "gradient"}
     for name, code in found.items():
         assert code["local"] <= (400 if name == "gradient" else 0), (name, code)
         assert code["shuffles"] <= (120 if name == "gradient" else 0), (name, code)
         assert code["registers"] <= 255, (name, code)
+        assert 0 < code["special"] < code["loop"], (name, code)
 
 
 def part_of(values: dict[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from mambax.mamba2 import gated_rms_norm
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed")
 kernels = pytest.importorskip("mambax_torch.kernels.step_mamba2")
+gated_norm = pytest.importorskip("mambax_torch.kernels.gated_norm")
 targets = pytest.importorskip("mambax_torch.kernels.step_targets")
 
 nn, numpy = get_backend("torch"), get_backend("numpy")
@@ -192,7 +193,7 @@ def test_scan_of_one_position(sizes, limit, dtype):
 def test_gated_norm_of_many_positions(dtype, norm_first):
     kind = getattr(torch, dtype)
     y, z, weight = normal(2, 3, 30, dtype=kind), normal(2, 3, 70, dtype=kind)[..., :30], normal(30, dtype=kind)
-    got = kernels.gated_norm(y, z, weight, 2, 0.1, norm_first=norm_first)
+    got = gated_norm.normed(y, z, weight, 2, 0.1, norm_first=norm_first)
     want = gated_rms_norm(numpy, *map(array, (y, z, weight)), 2, 0.1, norm_first=norm_first)
     assert got.dtype == kind
     assert_close(array(got), want, tolerance=FORWARD[dtype])
@@ -207,21 +208,24 @@ def test_what_does_not_fit_is_refused():
         kernels.ssd_step(**{**given, **two})
     y, weight = normal(2, 3, 30), normal(30)
     with pytest.raises(ValueError, match=r"z is \(2, 3, 29\) and weight \(30,\); expected \(2, 3, 30\)"):
-        kernels.gated_norm(y, y[..., 1:], weight, 2, 0.1)
+        gated_norm.normed(y, y[..., 1:], weight, 2, 0.1)
     with pytest.raises(ValueError, match="30 channels do not divide into 4 equal groups"):
-        kernels.gated_norm(y, y, weight, 4, 0.1)
+        gated_norm.normed(y, y, weight, 4, 0.1)
     with pytest.raises(ValueError, match="z is on meta and y on"):
-        kernels.gated_norm(y, y.to("meta"), weight, 2, 0.1)
+        gated_norm.normed(y, y.to("meta"), weight, 2, 0.1)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as if there were a GPU")
 def test_the_seam_takes_them_on_a_gpu(monkeypatch):
     """Where no gradient is wanted, and nothing is masked or begun."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
-    monkeypatch.setattr(kernels, "on_device_of", lambda x: contextlib.nullcontext())
-    taken, step, norm = [], kernels.ssd_step, kernels.gated_norm
+    for module in (kernels, gated_norm):
+        monkeypatch.setattr(module, "on_device_of", lambda x: contextlib.nullcontext())
+    taken, step, norm = [], kernels.ssd_step, gated_norm.normed
     monkeypatch.setattr(kernels, "ssd_step", lambda *a, **k: taken.append("scan") or step(*a, **k))
-    monkeypatch.setattr(kernels, "gated_norm", lambda *a, **k: taken.append("norm") or norm(*a, **k))
+    recorded = gated_norm.gated_norm
+    monkeypatch.setattr(gated_norm, "gated_norm", lambda *a: taken.append("with a gradient") or recorded(*a))
+    monkeypatch.setattr(gated_norm, "normed", lambda *a, **k: taken.append("norm") or norm(*a, **k))
     given, exists = scan_arguments((2, 4, 5, 2, 7)), torch.ones(2, 1, dtype=torch.bool)
     given, initial = {k: v for k, v in given.items() if k != "initial_state"}, given["initial_state"]
     for options in ({}, {"mask": None, "boundaries": None, "initial_state": initial}):
@@ -240,4 +244,4 @@ def test_the_seam_takes_them_on_a_gpu(monkeypatch):
     assert taken == ["scan", "scan", "norm"]
     nn.gated_rms_norm(y, y, weight.clone().requires_grad_(), 2, 0.1)
     nn.gated_rms_norm(y.double(), y.double(), weight.double(), 2, 0.1)
-    assert taken == ["scan", "scan", "norm"]
+    assert taken == ["scan", "scan", "norm", "with a gradient", "norm"]

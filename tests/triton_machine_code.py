@@ -24,7 +24,8 @@ NARROW = ("u", "delta", "z", "y", "B", "C", "dy", "du", "ddelta", "dz")
 FLAGS = {"mask": None, "boundaries": None}
 SHAPE = {"SOFTPLUS": True, "EVEN_N": True, "BN": 16}
 KERNELS = {
-    "output": (scan_forward.output_kernel, FLAGS | SHAPE | {"BD": 64, "SIDE": 2, "INTERVAL": 64}),
+    "output": (scan_forward.output_kernel, FLAGS | SHAPE | {"BD": 64, "SIDE": 2, "INTERVAL": 64, "saved": None}),
+    "output saving states": (scan_forward.output_kernel, FLAGS | SHAPE | {"BD": 64, "SIDE": 2, "INTERVAL": 64}),
     "advance": (scan_forward.advance_kernel, FLAGS | SHAPE | {"BD": 64, "SIDE": 2}),
     "carry": (scan_carry.carry_kernel, {"BACKWARDS": True, "ROWS": 16, "BD": 32}),
     "adjoint": (scan_adjoint.adjoint_kernel, FLAGS | SHAPE | {"BD": 64, "SIDE": 2}),
@@ -63,7 +64,7 @@ def source(kernel: Any, constants: dict[str, Any]) -> ASTSource:
 
 
 def described(kernel: Any, constants: dict[str, Any]) -> dict[str, int]:
-    """Registers, bytes of local memory and shuffles in a kernel's machine code."""
+    """Of a kernel's machine code: registers, bytes of local memory, shuffles, and what its longest loop holds."""
     options = {"num_warps": 1, "enable_fp_fusion": True}
     compiled = triton.compile(source(kernel, constants), target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +79,19 @@ def described(kernel: Any, constants: dict[str, Any]) -> dict[str, int]:
         raise ValueError(
             f"cuobjdump -res-usage said nothing of registers; expected REG and STACK, found: {usage!r}"
         )
-    return {"registers": int(found[1]), "local": int(found[2]), "shuffles": code.count("SHFL.BFLY")}
+    counts = {"registers": int(found[1]), "local": int(found[2]), "shuffles": code.count("SHFL.BFLY")}
+    return counts | longest_loop(code)
+
+
+def longest_loop(code: str) -> dict[str, int]:
+    """Instructions, and exponentials and the like, of the longest loop that has no other within."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    jumps = [(int(to[1], 16), at) for at, text in lines if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
+    loops = [(first, last) for first, last in jumps if first < last]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    first, last = max(inner, key=lambda loop: loop[1] - loop[0])
+    body = [text for at, text in lines if first <= at <= last]
+    return {"loop": len(body), "special": sum("MUFU" in text for text in body)}
 
 
 if __name__ == "__main__":

@@ -71,10 +71,10 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     floats = torch.float64 not in (y.dtype, z.dtype, weight.dtype)
     direct = floats and may_call_directly((y, z, weight))
     if floats and y.is_cuda and are_plain((y, z, weight)) and not why_not_triton(y):
-        from mambax_torch.kernels import gated_norm, norm, step_mamba2
+        from mambax_torch.kernels import gated_norm, norm
 
         if weight.shape[0] // groups <= norm.WIDEST:
-            by_kernel = step_mamba2.gated_norm if direct else gated_norm.gated_norm
+            by_kernel = gated_norm.normed if direct else gated_norm.gated_norm
             return by_kernel(y, z, weight.contiguous(), groups, eps)
     if not direct or why_not_cpu_kernels(y):
         return mamba2.gated_rms_norm(ops, y, z, weight, groups, eps)

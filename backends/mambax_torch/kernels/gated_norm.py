@@ -1,4 +1,4 @@
-"""Mamba-2's gated norm with a gradient, for training: each direction one kernel, keeping its inputs alone.
+"""Mamba-2's gated norm by Triton kernels, one for each direction; for the gradient it keeps its inputs alone.
 
 Dimensions: B batch, L length, D d_inner.
 """
@@ -15,9 +15,46 @@ from mambax_torch.kernels import gated_norm_kernels
 from mambax_torch.kernels.devices import on_device_of
 from mambax_torch.kernels.norm import PROGRAMS, as_rows
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
-from mambax_torch.kernels.step_mamba2 import gated_norm as normed
+from mambax_torch.kernels.step import side_by_side
 
 KERNELS: Any = gated_norm_kernels  # in whose signatures pyright does not see that numbers may be constants
+
+
+def normed(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, *, norm_first: bool = False) -> Tensor:
+    """:func:`mambax.mamba2.gated_rms_norm`; no gradients.
+
+    Args:
+        y, z: (..., D), of which z may be a part of a larger array.
+        weight: (D,), contiguous.
+        groups, eps, norm_first: as there; at most :data:`mambax_torch.kernels.norm.WIDEST` channels to a group.
+
+    Returns:
+        (..., D) in the dtype of the weight.
+
+    Raises:
+        ValueError: for a shape that does not fit, and tensors on another device than y.
+    """
+    channels = y.shape[-1]
+    if z.shape != y.shape or tuple(weight.shape) != (channels,):
+        raise ValueError(
+            f"gated_rms_norm: z is {tuple(z.shape)} and weight {tuple(weight.shape)}; expected {tuple(y.shape)} "
+            f"and ({channels},)"
+        )
+    if groups < 1 or channels % groups:
+        raise ValueError(f"gated_rms_norm: {channels} channels do not divide into {groups} equal groups")
+    for name, other in {"z": z, "weight": weight}.items():
+        if other.device != y.device:
+            raise ValueError(f"gated_rms_norm: {name} is on {other.device} and y on {y.device}; move it there")
+    rows, gate = (side_by_side(x.reshape(-1, channels)) for x in (y.contiguous(), z))
+    width = channels // groups
+    made = torch.empty(y.shape, dtype=weight.dtype, device=y.device)
+    block = next_power_of_2(width)
+    with on_device_of(y):
+        KERNELS.forward_kernel[(len(rows) * groups,)](
+            rows, gate, weight, made, gate.stride(0), width, groups, eps,
+            NORM_FIRST=norm_first, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
+    return made
 
 
 def gradients(

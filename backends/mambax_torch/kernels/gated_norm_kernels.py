@@ -1,6 +1,7 @@
-"""The Triton kernel of the gradient of Mamba-2's gated norm.
+"""Triton kernels of Mamba-2's gated norm, and of its gradient.
 
-Dimensions: R rows, G groups, W channels of a group, BLOCK the power of two that holds them, P parts of the rows.
+Dimensions: R rows, G groups, W channels of a group, D = G W, BLOCK the power of two that holds them, P parts of the
+rows.
 """
 
 # Triton's language is not Python's: what pyright knows of its types does not hold inside kernels.
@@ -10,6 +11,31 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def forward_kernel(y, z, weight, normed, z_stride, W, groups, eps, NORM_FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """normed (R, D) = rms(y silu(z)) weight, or rms(y) weight silu(z) if NORM_FIRST. y (R, D) is contiguous.
+
+    The mean square is that of a group. Programs: R * G.
+    """
+    program = tl.program_id(0)
+    row, group = (program // groups).to(tl.int64), program % groups
+    places = tl.arange(0, BLOCK)
+    inside = places < W
+    channels = group * W + places
+    values = tl.load(y + row * groups * W + channels, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(z + row * z_stride + channels, mask=inside, other=0.0).to(tl.float32)
+    factors = tl.load(weight + channels, mask=inside, other=0.0)
+    gate *= tl.sigmoid(gate)
+    if not NORM_FIRST:
+        values *= gate
+    values *= 1.0 / tl.sqrt_rn(tl.sum(values * values, axis=0) / W + eps)
+    if NORM_FIRST:
+        values *= factors.to(tl.float32) * gate
+    else:
+        values = values.to(factors.dtype).to(tl.float32) * factors.to(tl.float32)  # rounded before the product
+    tl.store(normed + row * groups * W + channels, values.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambax.options import Mamba2Options
 from mambax.ssd import check_shapes
-from mambax_torch.kernels import step_mamba2_kernels
+from mambax_torch.kernels import gated_norm, step_mamba2_kernels
 from mambax_torch.kernels.devices import on_device_of
 from mambax_torch.kernels.norm import WIDEST
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
@@ -79,7 +79,7 @@ def mixed(
     if norm_weight is None:
         return y
     norm_first, z = options.gated_norm == "norm_first", projected[:, : options.d_inner]
-    return gated_norm(y, z, norm_weight, options.n_groups, options.norm_epsilon, norm_first=norm_first)
+    return gated_norm.normed(y, z, norm_weight, options.n_groups, options.norm_epsilon, norm_first=norm_first)
 
 
 def ssd_step(
@@ -136,42 +136,3 @@ def _tile(batch: int, width: int, count: int) -> dict[str, int]:
     warps = max(1, min(4, wide // 32))
     rows = max(1, min(32 * warps * (FEW if batch == 1 else MANY) // wide, next_power_of_2(width)))
     return {"BLOCK_P": rows, "BLOCK_N": wide, "num_warps": warps}
-
-
-def gated_norm(
-    y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, *, norm_first: bool = False
-) -> Tensor:
-    """:func:`mambax.mamba2.gated_rms_norm`; no gradients.
-
-    Args:
-        y, z: (..., D), of which z may be a part of a larger array.
-        weight: (D,), contiguous.
-        groups, eps, norm_first: as there; at most :data:`mambax_torch.kernels.norm.WIDEST` channels to a group.
-
-    Returns:
-        (..., D) in the dtype of the weight.
-
-    Raises:
-        ValueError: for a shape that does not fit, and tensors on another device than y.
-    """
-    channels = y.shape[-1]
-    if z.shape != y.shape or tuple(weight.shape) != (channels,):
-        raise ValueError(
-            f"gated_rms_norm: z is {tuple(z.shape)} and weight {tuple(weight.shape)}; expected {tuple(y.shape)} "
-            f"and ({channels},)"
-        )
-    if groups < 1 or channels % groups:
-        raise ValueError(f"gated_rms_norm: {channels} channels do not divide into {groups} equal groups")
-    for name, other in {"z": z, "weight": weight}.items():
-        if other.device != y.device:
-            raise ValueError(f"gated_rms_norm: {name} is on {other.device} and y on {y.device}; move it there")
-    rows, gate = (side_by_side(x.reshape(-1, channels)) for x in (y.contiguous(), z))
-    width = channels // groups
-    normed = torch.empty(y.shape, dtype=weight.dtype, device=y.device)
-    block = next_power_of_2(width)
-    with on_device_of(y):
-        KERNELS.gated_norm_kernel[(len(rows) * groups,)](
-            rows, gate, weight, normed, gate.stride(0), width, groups, eps,
-            NORM_FIRST=norm_first, BLOCK=block, num_warps=min(16, max(1, block // 512)),
-        )  # fmt: skip
-    return normed

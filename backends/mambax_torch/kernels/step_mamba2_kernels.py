@@ -151,30 +151,3 @@ def ssd_step_kernel(
     if HAS_SKIP:
         out += u * tl.load(skip + head).to(tl.float32)
     tl.store(y + (batch * H + head) * P + rows, out.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gated_norm_kernel(
-    y, z, weight, normed, z_stride, width, groups, eps, NORM_FIRST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """normed (B, D) = rms(y silu(z)) weight, or rms(y) weight silu(z) if NORM_FIRST. y (B, D) is contiguous.
-
-    The mean square is that of a group's channels, D / G = `width`. Programs: B * G.
-    """
-    program = tl.program_id(0)
-    batch, group = (program // groups).to(tl.int64), program % groups
-    places = tl.arange(0, BLOCK)
-    inside = places < width
-    channels = group * width + places
-    values = tl.load(y + batch * groups * width + channels, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(z + batch * z_stride + channels, mask=inside, other=0.0).to(tl.float32)
-    factors = tl.load(weight + channels, mask=inside, other=0.0)
-    gate *= tl.sigmoid(gate)
-    if not NORM_FIRST:
-        values *= gate
-    values *= 1.0 / tl.sqrt_rn(tl.sum(values * values, axis=0) / width + eps)
-    if NORM_FIRST:
-        values *= factors.to(tl.float32) * gate
-    else:
-        values = values.to(factors.dtype).to(tl.float32) * factors.to(tl.float32)  # rounded before the product
-    tl.store(normed + batch * groups * width + channels, values.to(normed.dtype.element_ty), mask=inside)
