@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mambax.quantization import BLOCK, WORDS
+from mambax_torch.kernels.fusion import FUSED
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 
 FEW_ROWS = 64
@@ -25,6 +26,8 @@ _FILL = 4
 _STAGES = {2: 4, 4: 2}
 """Blocks of rows and weights that are on their way together, by the bytes of a value of the rows. They fit into the
 99 KiB that a program can have of the smaller GPUs."""
+
+_PLAIN: dict[str, Any] = {"num_warps": 4, **FUSED}
 
 _WIDENED = (8, 256)
 """Outputs and inputs of a program that makes weights wide."""
@@ -61,7 +64,7 @@ def _one_row(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, y: 
 
     kernels, given, outputs = _kernels(), x if bias is None else bias, weight.shape[0]
     block_o, warps = (32, 4) if outputs >= 2 * 32 * processors(x.device) else (8, 2)
-    options = {"HAS_BIAS": bias is not None, "BLOCK_O": block_o, "STAGES": 3, "num_warps": warps}
+    options = {"HAS_BIAS": bias is not None, "BLOCK_O": block_o, "STAGES": 3, "num_warps": warps, **FUSED}
     if weight.dtype == torch.int8:
         kernels.int8_row_kernel[(cdiv(outputs, block_o),)](
             x, weight, scales, given, y, outputs, inputs, BLOCK_I=8192 // block_o, **options
@@ -111,7 +114,7 @@ def _some_rows(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, y
     sums = y if grid.parts == 1 else torch.empty((grid.parts, rows, outputs), device=x.device)
     options = {
         "WIDE": interpreted(), "HAS_BIAS": bias is not None, "PARTS": grid.parts, "BLOCK_M": grid.block_m,
-        "BLOCK_O": grid.block_o, "num_warps": 4, "num_stages": _STAGES[x.element_size()],
+        "BLOCK_O": grid.block_o, "num_warps": 4, "num_stages": _STAGES[x.element_size()], **FUSED,
     }  # fmt: skip
     sizes = x.stride(0), rows, outputs, inputs
     if eight:
@@ -125,7 +128,7 @@ def _some_rows(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, y
         )  # fmt: skip
     if grid.parts > 1:
         kernels.sum_kernel[(cdiv(y.numel(), 1024),)](
-            sums, given, y, y.numel(), outputs, PARTS=grid.parts, HAS_BIAS=bias is not None, BLOCK=1024, num_warps=4
+            sums, given, y, y.numel(), outputs, PARTS=grid.parts, HAS_BIAS=bias is not None, BLOCK=1024, **_PLAIN
         )
 
 
@@ -143,12 +146,12 @@ def dequantized(weight: Tensor, scales: Tensor, inputs: int, dtype: torch.dtype)
     with on_device_of(weight):
         if weight.dtype == torch.int8:
             kernels.widen_int8_kernel[grid](
-                weight, scales, wide, outputs, inputs, blocks, BLOCK_O=block_o, BLOCK_I=block_i, num_warps=4
+                weight, scales, wide, outputs, inputs, blocks, BLOCK_O=block_o, BLOCK_I=block_i, **_PLAIN
             )
         else:
             kernels.widen_int4_kernel[grid](
                 weight.view(torch.int32), scales, wide, outputs, inputs, weight.shape[1] // 4, blocks,
-                GROUP=_group(weight, scales), BLOCK_O=block_o, BLOCK_W=block_i // BLOCK * WORDS, num_warps=4,
+                GROUP=_group(weight, scales), BLOCK_O=block_o, BLOCK_W=block_i // BLOCK * WORDS, **_PLAIN,
             )  # fmt: skip
     return wide
 

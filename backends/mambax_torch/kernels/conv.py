@@ -14,6 +14,7 @@ from mambax.scan import refuse_mask_with_boundaries
 from mambax_torch.conv_ops import last_inputs
 from mambax_torch.kernels import conv_kernels
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.fusion import FUSED, UNFUSED
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.kernels.step import conv_step
 from mambax_torch.operands import ConvOperands
@@ -88,7 +89,7 @@ def forward(given: ConvOperands) -> Tensor:
     with on_device_of(x):
         KERNELS.forward_kernel[(batch * tiles * blocks,)](
             x, *pointers, y, *x.stride(), *_strides(initial_state), length, channels, tiles, blocks,
-            **switches, SILU=activation == "silu", BLOCK_T=BLOCK_T, BLOCK_D=block, num_warps=WARPS,
+            **switches, SILU=activation == "silu", BLOCK_T=BLOCK_T, BLOCK_D=block, num_warps=WARPS, **FUSED,
         )  # fmt: skip
     return y
 
@@ -122,14 +123,14 @@ def backward(given: ConvOperands, dy: Tensor) -> list[Tensor | None]:
     with on_device_of(x):
         KERNELS.weight_gradient_kernel[(batch * chunks * blocks,)](
             dy, x, *pointers, g, partials, *dy.stride(), *x.stride(), *_strides(initial_state), length, channels,
-            chunks, blocks, each, **switches, ROWS=next_power_of_2(width + 1), SILU=silu, **shape,
+            chunks, blocks, each, **switches, ROWS=next_power_of_2(width + 1), SILU=silu, **shape, **UNFUSED,
         )  # fmt: skip
         del switches["HAS_BIAS"]
         weight, *_, numbers = pointers
         nexts = x if tables.nexts is None else tables.nexts
         KERNELS.input_gradient_kernel[(batch * rows * blocks,)](
             g, weight, nexts, numbers, dx, dinitial, *g.stride(), length, channels,
-            rows, blocks, **switches, **shape,
+            rows, blocks, **switches, **shape, **FUSED,
         )  # fmt: skip
     dweight = partials[:, :width].sum(0).t().unsqueeze(1).contiguous()
     dbias = None if bias is None else partials[:, width].sum(0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mambax_torch.kernels import norm_kernels
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.fusion import UNFUSED
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.operators import may_call_directly
 
@@ -25,7 +26,7 @@ PROGRAMS = 512
 
 
 def _launch(block: int) -> dict[str, Any]:
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), **UNFUSED}
 
 
 def as_rows(x: Tensor) -> Tensor:

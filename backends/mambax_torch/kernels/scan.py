@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mambax_torch.kernels import scan_adjoint, scan_backward, scan_carry, scan_forward, tuning
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.fusion import FUSED
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.operands import ScanOperands
 
@@ -24,8 +25,8 @@ ROWS = 16
 LANES = 32
 """Threads of a program."""
 
-LAUNCH: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
-"""Single warps throughout; products and sums fused whatever Triton's default is."""
+LAUNCH: dict[str, Any] = {"num_warps": 1, **FUSED}
+"""Single warps throughout."""
 
 REGISTERS = 168
 """Of a thread of the output kernel: room for twelve programs on a processor. With d_state above 32 a few addresses

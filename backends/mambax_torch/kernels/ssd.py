@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mambax_torch.kernels import ssd_backward, ssd_forward, ssd_plan, ssd_states, ssd_steps
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.fusion import FUSED
 from mambax_torch.kernels.scan import room
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.kernels.ssd_plan import Arguments, Plan
@@ -25,12 +26,12 @@ STEPS, STATES, FORWARD, BACKWARD = KERNELS  # Any: pyright does not see that con
 INTERVAL = 512
 """Steps between the states that are saved for the gradient: with N = 128 they take half as much as a bfloat16 x."""
 
-SWEPT: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
-APART: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
+SWEPT: dict[str, Any] = {"num_warps": 8, "num_stages": 2, **FUSED}
+APART: dict[str, Any] = {"num_warps": 8, "num_stages": 1, **FUSED}
 """Kernels that go through chunks, whose next tiles are fetched meanwhile; and those that go through heads, where
 registers are scarcer than time to wait."""
 
-CARRY: dict[str, Any] = {"ROWS": 8, "BC": 256, "num_warps": 2}
+CARRY: dict[str, Any] = {"ROWS": 8, "BC": 256, "num_warps": 2, **FUSED}
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -63,7 +64,8 @@ def _steps(given: Arguments, plan: Plan, *, slopes: bool) -> _Steps:
     STEPS.steps_kernel[(batch * plan.chunks * blocks,)](
         given.dt, given.A, given.dt_bias, given.mask, step, upper, lower, slope,
         *_strides(given.dt), length, heads, blocks, plan.chunks, low if low > 0 else -float("inf"), float(high),
-        SOFTPLUS=given.dt_softplus, LIMITED=low > 0 or high < float("inf"), T=plan.T, BH=block, num_warps=4,
+        SOFTPLUS=given.dt_softplus, LIMITED=low > 0 or high < float("inf"), T=plan.T, BH=block,
+        num_warps=4, **FUSED,
     )  # fmt: skip
     return _Steps(step, upper, lower, slope)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mambax_torch.kernels import step_kernels
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.fusion import FUSED
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.kernels.step_targets import target_of
 from mambax_torch.operators import may_call_directly
@@ -25,7 +26,7 @@ CONV_BLOCK = 256
 SCAN_BLOCK = 512
 """States that a program handles: 32 channels of 16."""
 
-LAUNCH: dict[str, Any] = {"num_warps": 2}
+LAUNCH: dict[str, Any] = {"num_warps": 2, **FUSED}
 
 
 def _check(name: str, tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:

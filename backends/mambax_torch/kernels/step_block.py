@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mambax_torch.kernels import step_block_kernels
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.fusion import FUSED
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 
 KERNELS: Any = step_block_kernels  # in whose signatures pyright does not see that numbers may be constants
@@ -65,13 +66,13 @@ def mixed(
     with on_device_of(xz):
         KERNELS.x_proj_kernel[(batch * blocks_o,)](
             x, taps, bias, conv_before, x_weight, dbc, xz.stride(0), channels, outputs, blocks_o,
-            **switches, BLOCK_O=block_o, BLOCK_D=wide_d, num_warps=min(16, max(4, wide_d // 512)),
+            **switches, BLOCK_O=block_o, BLOCK_D=wide_d, num_warps=min(16, max(4, wide_d // 512)), **FUSED,
         )  # fmt: skip
         KERNELS.scan_kernel[(batch * blocks_d,)](
             x, z, taps, bias, conv_before, conv_after, dbc, dt_weight, xz if dt_bias is None else dt_bias,
             A_log, skip, before, ssm_after, y, xz.stride(0), channels, count, rank, blocks_d,
             **switches, HAS_DT_BIAS=dt_bias is not None, BLOCK_D=block_d, BLOCK_N=wide,
-            BLOCK_R=min(64, next_power_of_2(rank)), num_warps=2,
+            BLOCK_R=min(64, next_power_of_2(rank)), num_warps=2, **FUSED,
         )  # fmt: skip
     return y
 

@@ -105,6 +105,7 @@ def scan_kernel(
     c = tl.load(dbc + R + N + states, mask=whole, other=0.0).to(tl.float32)
     decay = -tl.exp(tl.load(A_log + of_A, mask=both, other=0.0).to(tl.float32))
     new = tl.exp(dt[:, None] * decay) * h + (dt * u)[:, None] * b[None, :]
+    tl.debug_barrier()  # the states after may lie where those before do, and several threads may hold the same cell
     tl.store(after + of_state, new, mask=both)
     out = tl.sum(tl.where(both, new * c[None, :], 0.0), axis=1)
     out += u * tl.load(skip + channels, mask=inside, other=0.0).to(tl.float32)
@@ -114,6 +115,8 @@ def scan_kernel(
     rows = batch * (K - 1) * D + channels
     for k in tl.static_range(1, K - 1):
         value = tl.load(conv_before + rows + k * D, mask=inside, other=0.0)
+        tl.debug_barrier()
         tl.store(conv_after + rows + (k - 1) * D, value, mask=inside)
     if K > 1:
+        tl.debug_barrier()
         tl.store(conv_after + rows + (K - 2) * D, newest.to(conv_after.dtype.element_ty), mask=inside)

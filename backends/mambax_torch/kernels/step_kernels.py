@@ -1,6 +1,7 @@
 """Triton kernels of one token: the convolution over its state, and one step of the recurrence.
 
-The state after may be written over the state before: an element is read and written by the same thread.
+The state after may be written over the state before: what a program writes it has read before, every thread of it.
+That takes a barrier, because where there are more threads than channels several of them hold the same ones.
 
 Dimensions: B batch, D channels, K width of the convolution, N d_state; BLOCK_N the power of two that holds N.
 """
@@ -33,8 +34,10 @@ def conv_step_kernel(
         value = tl.load(before + rows + k * D, mask=inside, other=0.0)
         total += value.to(tl.float32) * tl.load(weight + channels * K + k, mask=inside, other=0.0).to(tl.float32)
         if k > 0:
+            tl.debug_barrier()  # after may be before
             tl.store(after + rows + (k - 1) * D, value.to(after.dtype.element_ty), mask=inside)
     if K > 1:
+        tl.debug_barrier()
         tl.store(after + rows + (K - 2) * D, newest.to(after.dtype.element_ty), mask=inside)
     if SILU:
         total = total * tl.sigmoid(total)
@@ -43,8 +46,15 @@ def conv_step_kernel(
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) in float32, exact to a few roundings for every x; NaN stays NaN."""
-    grown = tl.exp(tl.minimum(x, 20.0))
+    """log(1 + e^x) in float32, exact to a few roundings for every x; NaN stays NaN.
+
+    A GPU takes e^x as 2 to the power of a rounded product, and of a large product the rounding is felt. So the
+    whole part of x is multiplied by the first 16 bits of log2(e), which is exact, and all else comes separately.
+    """
+    limited = tl.minimum(tl.maximum(x, -200.0), 20.0)
+    whole = tl.floor(limited)
+    rest = whole * 7.052607713387005e-06 + (limited - whole) * 1.4426950408889634
+    grown = tl.exp2(whole * 1.44268798828125) * tl.exp2(rest)
     one_more = 1.0 + grown
     rounded = one_more - 1.0  # what of e^x is left in 1 + e^x
     left = tl.where(rounded > 0.0, rounded, 1.0)
@@ -87,6 +97,7 @@ def scan_step_kernel(
     new = (dt * value)[:, None] * b[None, :]
     if HAS_BEFORE:
         new += tl.exp(dt[:, None] * decay) * h
+    tl.debug_barrier()  # after may be before
     tl.store(after + of_state, new, mask=both)
     out = tl.sum(tl.where(both, new * c[None, :], 0.0), axis=1)
     if HAS_SKIP:

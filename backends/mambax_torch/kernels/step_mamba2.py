@@ -16,6 +16,7 @@ from mambax.options import Mamba2Options
 from mambax.ssd import check_shapes
 from mambax_torch.kernels import gated_norm, step_mamba2_kernels
 from mambax_torch.kernels.devices import on_device_of
+from mambax_torch.kernels.fusion import UNFUSED
 from mambax_torch.kernels.norm import WIDEST
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.kernels.step import side_by_side
@@ -130,9 +131,9 @@ def ssd_step(
     return y.view(x.shape), after
 
 
-def _tile(batch: int, width: int, count: int) -> dict[str, int]:
+def _tile(batch: int, width: int, count: int) -> dict[str, Any]:
     """What a program has of a state (P, N), and its threads: one for each channel of B, or for more."""
     wide = next_power_of_2(count)
     warps = max(1, min(4, wide // 32))
     rows = max(1, min(32 * warps * (FEW if batch == 1 else MANY) // wide, next_power_of_2(width)))
-    return {"BLOCK_P": rows, "BLOCK_N": wide, "num_warps": warps}
+    return {"BLOCK_P": rows, "BLOCK_N": wide, "num_warps": warps, **UNFUSED}

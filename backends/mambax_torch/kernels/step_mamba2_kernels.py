@@ -102,6 +102,7 @@ def ssd_kernel(
     c = convolved(cn, cp, cf, cb, conv_after, of_C, keeps, C, K, BLOCK_K)
     dt = limited(softplus(dt), smallest, largest, LIMITED)
     new = tl.exp(-tl.exp(rate) * dt) * h + (dt * u)[:, None] * b[None, :]
+    tl.debug_barrier()  # after may be before, and several threads may hold the same cell
     tl.store(after + of_state, new, mask=both)
     out = tl.sum(tl.where(both, new * c[None, :], 0.0), axis=1) + u * weight_of_u
     out = out.to(y.dtype.element_ty)
@@ -146,6 +147,7 @@ def ssd_step_kernel(
     new = (step * u)[:, None] * b[None, :]
     if HAS_BEFORE:
         new += tl.exp(rate * step) * h
+    tl.debug_barrier()  # after may be before, and several threads may hold the same cell
     tl.store(after + of_state, new, mask=both)
     out = tl.sum(tl.where(both, new * c[None, :], 0.0), axis=1)
     if HAS_SKIP:
