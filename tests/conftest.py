@@ -18,6 +18,22 @@ if is_installed("torch"):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ptx", action="store_true", help="run Triton's kernels as compiled for a GPU (tests/ptx)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--ptx"):
+        if not (is_installed("torch") and is_installed("triton")):
+            raise pytest.UsageError("--ptx needs PyTorch and Triton; pip install torch triton")
+        if torch.cuda.is_available():
+            raise pytest.UsageError("--ptx is for machines without a GPU, which runs the compiled kernels itself")
+        os.environ["TRITON_INTERPRET"] = "0"
+        from ptx.driver import install
+
+        install()
+
+
 @pytest.fixture(params=backend_params())
 def nn(request: pytest.FixtureRequest) -> Any:
     """Each backend in turn."""

@@ -100,7 +100,7 @@ def test_auto_takes_it_on_a_gpu_alone_and_a_name_is_refused_with_the_reason(monk
     with pytest.raises(ValueError, match=r"'triton' cannot run here.*float64"):
         nn.selective_scan(**values | {"u": values["u"].double()}, impl="triton")
     monkeypatch.setattr("mambax_torch.kernels.devices.interpreted", lambda: False)
-    monkeypatch.setattr("mambax_torch.fused.interpreted", lambda: False)
+    monkeypatch.setattr("mambax_torch.kernels.devices._taken", {"cuda"})
     with pytest.raises(ValueError, match=r"'triton' cannot run here: the tensors are on cpu"):
         nn.selective_scan(**values, impl="triton")
     if DEVICE == "cpu":

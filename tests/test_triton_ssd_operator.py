@@ -88,6 +88,7 @@ def test_auto_takes_it_on_a_gpu_alone_and_a_name_is_refused_with_the_reason(monk
     with pytest.raises(ValueError, match=r"Triton is 3.2; Mamba-2's scan needs 3.6 or newer.*use 'chunked'"):
         nn.ssd(**values, impl="triton")
     monkeypatch.setattr("mambax_torch.kernels.devices.interpreted", lambda: False)
+    monkeypatch.setattr("mambax_torch.kernels.devices._taken", {"cuda"})
     with pytest.raises(ValueError, match=r"'triton' cannot run here: the tensors are on cpu"):
         nn.ssd(**values, impl="triton")
 

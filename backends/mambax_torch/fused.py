@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambax import convolution, scan
 from mambax_torch import chunked, ops
-from mambax_torch.kernels.devices import interpreted, missing, why_not_triton
+from mambax_torch.kernels.devices import missing, takes, why_not_triton
 
 weights_are_freed: ContextVar[bool] = ContextVar("weights_are_freed", default=False)
 """Whether the memory of weights is given back after use, as FSDP2 does. PyTorch never frees what NumPy has seen."""
@@ -21,7 +21,7 @@ weights_are_freed: ContextVar[bool] = ContextVar("weights_are_freed", default=Fa
 def scan_implementations() -> Mapping[str, str]:
     """Every algorithm of :mod:`mambax.scan`, the fused kernels for tensors in host memory, and those in Triton."""
     reason = missing()
-    if not reason and not interpreted() and not torch.cuda.is_available():
+    if not reason and not takes("cpu") and not torch.cuda.is_available():
         reason = "PyTorch finds no CUDA device"
     return {**dict.fromkeys(scan.ALGORITHMS, ""), "cpu": mambax_cpu.missing(), "triton": reason}
 

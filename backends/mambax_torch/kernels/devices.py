@@ -54,6 +54,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_taken = {"cuda"}
+
+
+def take_host_memory() -> None:
+    """Let kernels take tensors in host memory: for whoever has put something in the place of a GPU's driver."""
+    _taken.add("cpu")
+
+
+def takes(device: str) -> bool:
+    """Whether kernels run over tensors of such a device."""
+    return device in _taken or (device == "cpu" and interpreted())
+
+
 @cache
 def _too_old(index: int | None) -> str:
     found = torch.cuda.get_device_capability(index)
@@ -65,7 +78,7 @@ def _too_old(index: int | None) -> str:
 
 def why_not_triton(x: Tensor, otherwise: str = "pscan") -> str:
     """Why the kernels cannot take this tensor here, and in some cases what can; empty when they can."""
-    if x.device.type != "cuda" and not (interpreted() and x.device.type == "cpu"):
+    if not takes(x.device.type):
         return f"the tensors are on {x.device}"
     if torch.version.hip is not None:
         return "PyTorch was built for AMD GPUs, where the kernels were never tried"
