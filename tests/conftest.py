@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--ptx"):
-        if not (is_installed("torch") and is_installed("triton")):
+        if not all(map(find_spec, ("torch", "triton"))):
             raise pytest.UsageError("--ptx needs PyTorch and Triton; pip install torch triton")
         if torch.cuda.is_available():
             raise pytest.UsageError("--ptx is for machines without a GPU, which runs the compiled kernels itself")

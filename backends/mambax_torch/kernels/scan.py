@@ -257,7 +257,8 @@ def backward(
         blocks = cdiv(channels, block)
         programs = layout.resident * tuning.processors(u.device)
         groups = tuning.groups_of(batch * intervals, blocks, programs)
-        programs = min(programs, batch * intervals * groups)
+        items = batch * intervals * groups
+        programs = cdiv(items, cdiv(items, programs))  # each has a working place: no more than take as many rounds
         dB, dC = (room(groups, batch, length, states, like=u) for _ in range(2))
         dskip, dbias = (room(batch, intervals, channels, like=u) for _ in range(2))
         kept = interval // BACKWARD.WINDOW.value + BACKWARD.WINDOW.value // BACKWARD.TILE.value
