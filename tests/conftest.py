@@ -21,6 +21,7 @@ if is_installed("torch"):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ptx", action="store_true", help="run Triton's kernels as compiled for a GPU (tests/ptx)")
+    parser.addoption("--capability", default="9.0", help="of the GPU that --ptx compiles for; 9.0 is an H100")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "0"
         from ptx.driver import install
 
-        install()
+        major, minor = map(int, config.getoption("--capability").split("."))
+        install((major, minor))
 
 
 @pytest.fixture(params=backend_params())

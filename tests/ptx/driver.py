@@ -16,9 +16,6 @@ from triton.runtime.cache import get_cache_manager
 from ptx.machine import Program
 from ptx.memory import Global
 
-CAPABILITY = (9, 0)
-"""Of the GPU that kernels are compiled for."""
-
 
 class Launcher:
     """One compiled kernel, as Triton launches it."""
@@ -73,6 +70,9 @@ class Driver:
     launcher_cls = Launcher
     utils = Utils()
 
+    def __init__(self, capability: tuple[int, int]):
+        self.capability = capability
+
     def get_current_device(self) -> int:
         return 0
 
@@ -83,22 +83,23 @@ class Driver:
         return 0
 
     def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return CAPABILITY
+        return self.capability
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
+        return GPUTarget("cuda", 10 * self.capability[0] + self.capability[1], 32)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
 
-def install() -> None:
-    """From here on kernels take tensors in host memory and run on the machine. No machine code is made of them."""
+def install(capability: tuple[int, int] = (9, 0)) -> None:
+    """From here on kernels take tensors in host memory and run on the machine, compiled for a GPU of this compute
+    capability. No machine code is made of them."""
     from mambax_cpu.object_files import cache_folder
     from mambax_torch.kernels import devices
 
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or cache_folder())
     os.environ["TRITON_CACHE_DIR"] = str(folder / "ptx")  # a GPU must never find kernels without machine code
     CUDABackend.make_cubin = lambda *_: b""
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(Driver(capability))
     devices.take_host_memory()

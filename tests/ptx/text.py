@@ -49,7 +49,9 @@ class Kernel(NamedTuple):
     labels: dict[str, int]
 
 
-LETTERS = {"pred": "p", "b16": "rs", "u16": "rs", "b32": "r", "u32": "r", "f32": "r", "b64": "rd", "u64": "rd"}
+LETTERS = {"pred": "p"} | {
+    f"{kind}{size}": letters for size, letters in ((8, "rs"), (16, "rs"), (32, "r"), (64, "rd")) for kind in "busf"
+}
 """What the names of registers begin with, by their types."""
 
 SIZES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4, "u16": 2, "u8": 1}
@@ -92,7 +94,7 @@ def parse(ptx: str) -> Kernel:
         raise ValueError("expected PTX with a .visible .entry, found none")
     head, body = found.groups()
     for kind, name in set(re.findall(r"\.reg \.(\w+)\s+([a-z]\w*)<", body)):  # of a block of its own
-        body = re.sub(rf"(?<![%\w]){name}(\d+)\b", rf"%{LETTERS[kind]}_{name}\1", body)
+        body = re.sub(rf"(?<![%.\w]){name}(\d+)\b", rf"%{LETTERS[kind]}_{name}\1", body)
     parameters = {name: SIZES[kind] for kind, name in re.findall(r"\.param \.(\w+)\b.*?(\w+_param_\d+)", head)}
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
