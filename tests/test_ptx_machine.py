@@ -213,8 +213,9 @@ SUITES = {
         "machine or outputs or step", 80,
     ),
     "scans": (
-        "test_triton_native.py test_cuda_quantized.py",
-        "(sizes0 and not plain and bfloat16) or (sizes0 and mask and float32) or test_products", 20,
+        "test_scan.py test_triton_native.py test_cuda_quantized.py",
+        "(sizes0 and not plain and bfloat16) or (sizes0 and mask and float32) or test_products "
+        "or torch-triton", 50,
     ),
 }  # fmt: skip
 """Files, what is run of them so that each takes half a minute, and how many tests that is at least."""
