@@ -128,7 +128,7 @@ def _four_bits(c: Context, x: Tensor, outputs: int) -> Iterator[Rival]:
     rng = np.random.default_rng(4)
     numbers = np.zeros((outputs, padded), np.int8)
     numbers[:, :inputs] = rng.integers(-8, 8, (outputs, inputs), np.int8)
-    weight = torch.from_numpy(quantization._pack(numbers)).to(c.plan.device)
+    weight = torch.from_numpy(quantization.packed(numbers)).to(c.plan.device)
     scales = torch.from_numpy(rng.uniform(0.5, 1.0, (outputs, padded // GROUP)).astype(np.float32))
     scales = scales.to(c.plan.device, torch.bfloat16)
     q = torch.from_numpy(numbers[:, :inputs]).to(c.plan.device)

@@ -169,7 +169,7 @@ def _int4(values: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
         better = error < best
         best, scales = np.where(better, error, best), np.where(better, tried, scales)
         numbers = np.where(better[..., None], whole, numbers).astype(np.int8)
-    return _pack(numbers.reshape(rows, padded)), scales.astype(ml_dtypes.bfloat16)
+    return packed(numbers.reshape(rows, padded)), scales.astype(ml_dtypes.bfloat16)
 
 
 def _rounded(scales: np.ndarray) -> np.ndarray:
@@ -182,7 +182,7 @@ def _divisors(scales: np.ndarray) -> np.ndarray:
     return np.where(scales == 0, np.float32(1), scales)
 
 
-def _pack(numbers: np.ndarray) -> np.ndarray:
+def packed(numbers: np.ndarray) -> np.ndarray:
     """(rows, n * 128) from -8 to 7 as (rows, n * 64) bytes: bits 4k of word l of a block are input 16 k + l."""
     q = (numbers + 8).astype(np.uint32).reshape(len(numbers), -1, BLOCK // WORDS, WORDS)
     shifts = np.arange(0, 4 * q.shape[2], 4, dtype=np.uint32)[:, None]
