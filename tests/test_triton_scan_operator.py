@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import mambax_torch as nn
 import torch
-from mambax_torch.kernels import scan_ops
+from mambax_torch.kernels import scan, scan_ops
 from triton_scan_cases import (
     DEVICE,
     NAMES,
@@ -120,3 +120,25 @@ def test_auto_takes_it_on_a_gpu_alone_and_a_name_is_refused_with_the_reason(monk
 def test_bad_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         scan_ops.selective_scan(**{name: x.cpu() for name, x in values_of(1, 3, 2, 2).items()} | change)
+
+
+def test_no_gradient_is_made_of_what_is_kept_for_the_gradient():
+    """PyTorch makes zeros for results without a gradient unless it is told not to: as large as all saved states."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if "zeros" in func.name():
+                made.append(tuple(found.shape))
+            return found
+
+    values = leaves(values_of(1, 20, 5, 3))
+    y, _ = triton_scan(**values, delta_softplus=True)
+    with Seen():
+        y.sum().backward()
+    assert (1, 5, 3) in made  # of the final state, which has none either
+    assert scan.saved_shape(1, 20, 5, 3) not in made
+    assert all(x.grad is not None for x in values.values())

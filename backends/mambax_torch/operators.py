@@ -84,14 +84,20 @@ def differentiable_once(
         tensors = (x for x, kind in zip(inputs, kinds.values(), strict=False) if kind.startswith("Tensor"))
         ctx.save_for_backward(*tensors, *(output[-1:] if keeps else ()))
         ctx.settings = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+        ctx.set_materialize_grads(False)  # or zeros as large as what is kept would be made for it
+        ctx.results = [(x.shape, x.dtype, x.device) for x in ((output,) if results == 1 else output)]
 
-    def gradient(ctx: Any, *of_results: Tensor) -> tuple[Tensor | None, ...]:
+    def gradient(ctx: Any, *of_results: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
+        known = [
+            torch.zeros(shape, dtype=dtype, device=device) if x is None else x
+            for x, (shape, dtype, device) in zip(of_results[: results - keeps], ctx.results, strict=False)
+        ]
         given = [
             next(saved) if kind.startswith("Tensor") else setting
             for kind, setting in zip(kinds.values(), ctx.settings, strict=False)
         ]
-        leading = (*of_results[:-1], next(saved)) if keeps else of_results
+        leading = (*known, next(saved)) if keeps else known
         found = dict(zip(of, backward_operator(*leading, *given), strict=True))
         gradients = (None if x is None else found.get(field) for field, x in zip(kinds, given, strict=True))
         return (*gradients, None) if keeps else tuple(gradients)  # `save` has none
