@@ -72,14 +72,76 @@ NEIGHBOUR = "add.s32 %r6, %r1, 1; and.b32 %r6, %r6, 63; shl.b32 %r7, %r6, 2;"
         ("setp.lt.s32 %p1, %r5, 0; selp.b32 %r9, 1, 2, %p1;", lambda x: 1 if x < 0 else 2),
         ("mov.b32 {%rs1, %rs2}, %r5; mov.b32 %r9, {%rs2, %rs1};", lambda x: (x % 2**32 >> 16) + (x % 2**16 << 16)),
         ("cvt.u16.u32 %rs1, %r5; cvt.s32.s16 %r9, %rs1;", lambda x: (x % 2**16 ^ 2**15) - 2**15),
-        ("shfl.sync.bfly.b32 %r9, %r1, 5, 31, -1;", None),
+        ("bfe.s32 %r9, %r5, 28, 8;", lambda x: x >> 28),
+        ("min.relu.s32 %r9, %r5, 99;", lambda x: max(0, min(x, 99))),
+        ("bfe.u32 %r9, %r5, 28, 8;", lambda x: x % 2**32 >> 28),
+        ("prmt.b32 %r9, %r5, 0, 0xBBBB;", lambda x: -1 if x < 0 else 0),
+        ("mul.wide.s32 %rd5, %r5, -3; shr.s64 %rd5, %rd5, 32; cvt.u32.u64 %r9, %rd5;", lambda x: -3 * x >> 32),
+        ("setp.lt.s32 %p1, %r5, 0; and.b32 %r9, %r5, 0; @!%p1 mov.u32 %r9, 7;", lambda x: 0 if x < 0 else 7),
     ],
 )
 def test_whole_numbers(instruction: str, want: Any) -> None:
     given = np.random.default_rng(0).integers(-(2**31), 2**31, 64).astype(np.int32)
-    expected = [want(x) for x in given.tolist()] if want else [i ^ 5 for i in range(64)]
+    expected = [want(x) for x in given.tolist()]
     found = run(LOAD + instruction + STORE, given)
     assert found.tolist() == [(x + 2**31) % 2**32 - 2**31 for x in expected]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "source"),
+    [("bfly.b32 %r9, %r1, 5, 31, -1;", lambda i: i ^ 5),
+     ("idx.b32 %r9, %r1, 35, 31, -1;", lambda i: i - i % 32 + 3),
+     ("up.b32 %r9, %r1, 3, 0, -1;", lambda i: i - 3 * (i % 32 >= 3)),
+     ("down.b32 %r9, %r1, 3, 31, -1;", lambda i: i + 3 * (i % 32 < 29))],
+)  # fmt: skip
+def test_shuffles(instruction: str, source: Any) -> None:
+    found = run(f"shfl.sync.{instruction}{STORE}", np.zeros(64, np.int32))
+    assert found.tolist() == [source(i) for i in range(64)]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "want"),
+    [
+        ("setp.lt.f32 %p1, %r5, 0f3F800000; selp.b32 %r9, 1, 0, %p1;", [0, 1, 0, 0]),
+        ("setp.ltu.f32 %p1, %r5, 0f3F800000; selp.b32 %r9, 1, 0, %p1;", [1, 1, 0, 0]),
+        ("setp.ne.f32 %p1, %r5, 0f3F800000; selp.b32 %r9, 1, 0, %p1;", [0, 1, 1, 1]),
+        ("setp.neu.f32 %p1, %r5, 0f3F800000; selp.b32 %r9, 1, 0, %p1;", [1, 1, 1, 1]),
+        ("max.f32 %r6, %r5, 0f40000000; cvt.rzi.s32.f32 %r9, %r6;", [2, 2, 2, 1000]),
+        ("max.NaN.f32 %r6, %r5, 0f40000000; cvt.rzi.s32.f32 %r9, %r6;", [0, 2, 2, 1000]),
+        ("cvt.rzi.s32.f32 %r9, %r5;", [0, -1, 1, 1000]),
+        ("cvt.rmi.f32.f32 %r6, %r5; cvt.rzi.s32.f32 %r9, %r6;", [0, -2, 1, 1000]),
+        ("cvt.rpi.s32.f32 %r9, %r5;", [0, -1, 2, 1001]),
+        ("cvt.rni.s32.f32 %r9, %r5;", [0, -2, 2, 1000]),
+    ],
+)
+def test_comparisons_and_whole_numbers_of_floats(instruction: str, want: list[int]) -> None:
+    given = np.array([np.nan, -1.75, 1.75, 1000.5], np.float32).repeat(16)
+    assert run(LOAD + instruction + STORE, given).view(np.int32)[::16].tolist() == want
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("bf16", 16), ("tf32", 8)])
+def test_products_of_matrices(kind: str, columns: int) -> None:
+    """Element (row, k) of A is in the lane, register and half that the tables of the PTX ISA say; ones times it."""
+    each = 2 if kind == "bf16" else 1
+    rng = np.random.default_rng(0)
+    A = rng.integers(-8, 8, (16, columns)).astype(np.float32)
+    lanes, body = np.arange(32), []
+    packed = np.zeros((4, 32), np.uint32)
+    for i in range(4):
+        for j in range(each):
+            bits = A[lanes // 4 + 8 * (i % 2), lanes % 4 * each + j + columns // 2 * (i // 2)].view(np.uint32)
+            packed[i] |= bits if each == 1 else (bits >> 16) << np.uint32(16 * j)
+    one = "0f3F800000" if kind == "tf32" else "0x3F803F80"
+    body = [f"mov.b32 %r{20 + i}, {one};" for i in range(2)]
+    body += [f"ld.global.b32 %r{10 + i}, [ %rd2 + {128 * i} ];" for i in range(4)]
+    zeros = "mov.b32 %r30, 0;"
+    product = f"mma.sync.aligned.m16n8k{columns}.row.col.f32.{kind}.{kind}.f32"
+    body += [zeros, f"{product} {{%r40, %r41, %r42, %r43}}, {{%r10, %r11, %r12, %r13}}, {{%r20, %r21}}, "
+             "{%r30, %r30, %r30, %r30}; bar.warp.sync -1;"]  # fmt: skip
+    body += [f"st.global.b32 [ %rd2 + {128 * i} ], {{ %r{40 + i} }};" for i in range(4)]
+    found = run(" ".join(body), packed.reshape(-1), threads=32).view(np.float32).reshape(4, 32)
+    sums = A.sum(1)
+    assert found.tolist() == [sums[lanes // 4 + 8 * (i // 2)].tolist() for i in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +192,46 @@ def test_blocks_that_touch_the_same_place():
         run(body, given, blocks=2)
 
 
+READ, OVERWRITE = (
+    "ld.global.b32 %r5, [ %rd1 + 0 ];",
+    "setp.eq.b32 %p1, %r1, THREAD; @%p1 st.global.b32 [ %rd1 + 0 ], { %r1 };",
+)
+
+
+@pytest.mark.parametrize("thread", [0, 31, 32, 63])
+def test_whoever_overwrites_what_all_have_read_or_written_has_to_wait(thread: int) -> None:
+    given, after = np.arange(64, dtype=np.int32), OVERWRITE.replace("THREAD", str(thread))
+    zeros = "and.b32 %r9, %r1, 0; st.global.b32 [ %rd1 + 0 ], { %r9 };"
+    for before, what in ((READ, "is read by"), (zeros, "was written by")):
+        with pytest.raises(Fault, match=f"overwrites what {what}"):
+            run(before + after, given)
+        with pytest.raises(Fault, match=f"overwrites what {what}"):
+            run(f"{before} bar.warp.sync -1; {after}", given)
+        with pytest.raises(Fault, match=f"overwrites what {what}"):
+            run(f"{before} bar.sync 0; {after}", given, blocks=2)
+        assert run(f"{before} bar.sync 0; {after}", given)[0] == thread
+        assert run(f"{before} bar.warp.sync -1; {after}", given[:32], threads=32)[0] == (
+            thread if thread < 32 else 0
+        )
+        if thread < 32:
+            with pytest.raises(Fault, match=f"overwrites what {what}"):
+                run(before + after, given[:32], threads=32)
+
+
+def test_products_of_shared_memory_need_a_fence_and_a_barrier():
+    """wgmma of zeros, whose descriptor of no swizzling is 0: rows of 16 bytes from the start."""
+    product = (
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10, %r11, %r12, %r13}, %rd9, %rd9, 0, 1, 1, 0, 0;"
+    )
+    given = np.zeros(128, np.int32)
+    body = f"mov.b64 %rd9, 0; mov.b32 %r9, 0; st.shared.b32 [%r4], %r9; BETWEEN {product}"
+    assert not run(body.replace("BETWEEN", "fence.proxy.async.shared::cta; bar.sync 0;"), given, threads=128).any()
+    with pytest.raises(Fault, match=r"without fence\.proxy\.async"):
+        run(body.replace("BETWEEN", "bar.sync 0;"), given, threads=128)
+    with pytest.raises(Fault, match="reads what was written by"):
+        run(body.replace("BETWEEN", "fence.proxy.async.shared::cta; bar.warp.sync -1;"), given, threads=128)
+
+
 def test_different_values_in_one_place():
     given = np.arange(64, dtype=np.int32)
     with pytest.raises(Fault, match="different values to one place"):
@@ -144,8 +246,9 @@ def test_different_values_in_one_place():
         ("ld.global.b32 %r5, [ %rd1 + -4 ];", "outside of every tensor"),
         ("ld.global.b32 %r5, [ %rd2 + 2 ];", "not aligned"),
         ("ld.global.v2.b32 {%r5, %r6}, [ %rd2 + 0 ];", "not aligned"),
-        ("ld.shared.b32 %r5, [%r4+511];", "shared memory"),
-        ("ld.shared.b32 %r5, [%r4+512];", "shared memory"),
+        ("ld.shared.b32 %r5, [%r4+2];", "not aligned"),
+        ("ld.shared.b32 %r5, [%r4+512];", "outside of its"),
+        ("ld.shared.b32 %r5, [%r4+-4];", "outside of its"),
     ],
 )
 def test_places_that_are_not_there(body: str, message: str) -> None:
@@ -159,6 +262,9 @@ def test_copies_that_have_not_arrived_and_shared_memory_that_nobody_wrote_hold_n
     body += "ld.shared.b32 %r9, [%r4];"
     assert (run(body.replace("WAIT", "cp.async.wait_group 0;") + STORE, given) == given).all()
     assert np.isnan(run(body.replace("WAIT", "cp.async.wait_group 1;") + STORE, given)).all()
+    assert not run(
+        body.replace(", 4, 4;", ", 4, 0;").replace("WAIT", "cp.async.wait_group 0;") + STORE, given
+    ).any()
     assert np.isnan(run("ld.shared.b32 %r9, [%r4];" + STORE, given)).all()
 
 
@@ -166,6 +272,9 @@ def test_what_it_does_not_know_is_refused():
     given = np.arange(64, dtype=np.int32)
     for body, message in (
         ("atom.global.add.u32 %r5, [%rd1], 1;", "atom.global.add.u32"),
+        ("add.sat.f32 %r9, %r5, %r5;", "add.sat.f32"),
+        ("fma.rm.f32 %r9, %r5, %r5, %r5;", "fma.rm.f32"),
+        ("bar.sync 1, 32;", "bar.sync 1, 32"),
         ("setp.lt.s32 %p1, %r1, 7; @%p1 bra $L__end; mov.u32 %r5, 1;\n$L__end:\n", "part ways"),
     ):
         with pytest.raises(NotImplementedError, match=message):

@@ -212,6 +212,15 @@ def test_nothing_to_do(sizes):
     assert all(gradients[name].shape == x.shape for name, x in values.items())
 
 
+@pytest.mark.parametrize("n", [1, 16])
+def test_blocks_of_channels_that_share_their_sums(n, monkeypatch):
+    """A program adds to the sums over channels that it has stored for the block before."""
+    monkeypatch.setattr(tuning, "groups_of", lambda *sizes: 1)
+    channels = 20 if devices.interpreted() else 300
+    values = values_of(1, 12, channels, n)
+    compare(results(triton_scan, leaves(values), delta_softplus=True), expected(values, delta_softplus=True))
+
+
 # --- planted errors -----------------------------------------------------------------------------------------------
 
 

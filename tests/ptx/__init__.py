@@ -6,7 +6,7 @@ and what compute-sanitizer would say there is an error: a place outside of every
 aligned, a thread that does not wait for what another writes, shared memory that nobody has written (it holds NaN).
 
 ``pytest --ptx`` runs the suites of the kernels on it, slowly. It shows nothing of time, of the assembler, and of
-what a GPU does beyond the order of its threads.
+what goes on beside the threads: copies are there when they are waited for, products of matrices at once.
 
     text          reads PTX
     numbers       arithmetic that NumPy has not: bfloat16, TF32, bit fields, approximations

@@ -49,6 +49,12 @@ PLAIN = {
 }  # fmt: skip
 """Instructions that do the same with every type that NumPy has."""
 
+KNOWN = {"rn", "ftz", "approx", "full", "lo", "NaN", "relu"}
+"""What may stand between the name of a plain instruction and its type."""
+
+ROUNDINGS = {"rni": "np.rint", "rzi": "np.trunc", "rmi": "np.floor", "rpi": "np.ceil"}
+"""To whole numbers, as floats or not."""
+
 HELPERS = {name: value for name, value in vars(numbers).items() if callable(value) and name != "Any"}
 
 
@@ -145,10 +151,14 @@ class Writer:
 
     def _plain(self, it: Instruction, template: str) -> str:
         name, kind, given = it.parts[0], it.parts[-1], it.operands[1:]
-        if kind in PACKED:
-            return self._packed(it, template)
+        if set(it.parts[1:-1]) - KNOWN:
+            raise NotImplementedError(it.line)
         if "NaN" in it.parts:
             template = {"np.fmax(a, b)": "np.maximum(a, b)", "np.fmin(a, b)": "np.minimum(a, b)"}[template]
+        if "relu" in it.parts:
+            template = f"np.maximum({template}, 0)"
+        if kind in PACKED:
+            return self._packed(it, template)
 
         def kind_of(i: int) -> str:
             if (name in ("shl", "shr") and i == 1) or (name == "bfe" and i > 0):
@@ -209,6 +219,8 @@ class Writer:
         if set(it.parts[2:-1]) - {"ftz"} or len(it.operands) != 3:
             raise NotImplementedError(it.line)
         a, b = (self.read(x, kind) for x in it.operands[1:])
+        if "ftz" in it.parts:
+            a, b = f"flushed({a})", f"flushed({b})"
         if kind == "bf16":
             a, b = f"from_bf16({a})", f"from_bf16({b})"
         either = f"(np.isnan({a}) | np.isnan({b}))"
@@ -248,21 +260,25 @@ class Writer:
         x = self.read(given[0], source)
         if source == "bf16":
             x, source = f"from_bf16({x})", "f32"
+        if "ftz" in it.parts and source == "f32":
+            x = f"flushed({x})"
+        for rounding in ROUNDINGS.keys() & it.parts:
+            x = f"{ROUNDINGS[rounding]}({x})"
+        if set(it.parts[1:-2]) - {"rn", "rna", "ftz", *ROUNDINGS}:
+            raise NotImplementedError(it.line)
         if to == "tf32":
             text = f"to_tf32({x}, {'rna' in it.parts})"
         elif to == "bf16":
             text = f"to_bf16({x}.astype('f4'))"
         elif TYPES[to][0] in "ui" and TYPES[source][0] == "f":
-            text = f"whole({x if 'rzi' in it.parts else f'np.rint({x})'}, {TYPES[to]!r})"
-        elif "sat" in it.parts:
-            raise NotImplementedError(it.line)
+            text = f"whole({x}, {TYPES[to]!r})"
         else:
             text = f"{x}.astype({TYPES[to]!r})"
         return self.assign(target, text, it.guard)
 
     def _shfl(self, it: Instruction) -> str:
-        how, (target, source, lane, clamp, _) = it.parts[2], it.operands
-        if clamp != (0 if how == "up" else 31) or it.guard:
+        how, (target, source, lane, clamp, members) = it.parts[2], it.operands
+        if clamp != (0 if how == "up" else 31) or members != -1 or it.guard:
             raise NotImplementedError(it.line)
         return self.assign(target, f"s.shuffled({how!r}, {self.read(source, 'b32')}, {self.read(lane, 'b32')})")
 
@@ -283,23 +299,28 @@ class Writer:
         return f"s.store_{space}({self.place(address, space)}, [{values}], {self.truth(it.guard)})"
 
     def _cp(self, it: Instruction) -> str:
-        if it.name.startswith("cp.async.commit_group"):
+        if it.name == "cp.async.commit_group" and not it.guard:
             return "s.commit()"
-        if it.name.startswith("cp.async.wait_group"):
+        if it.name == "cp.async.wait_group" and not it.guard:
             return f"s.arrive({it.operands[0]})"
-        if not it.name.startswith(("cp.async.ca.shared", "cp.async.cg.shared")):
+        if it.name not in ("cp.async.ca.shared.global", "cp.async.cg.shared.global"):
             raise NotImplementedError(it.line)
         to, source, size, *rest = it.operands
+        if size not in (4, 8, 16):
+            raise NotImplementedError(it.line)
         count = self.read(rest[0] if rest else size, "b32")
         places = f"{self.place(to, 'shared')}, {self.place(source, 'global')}"
         return f"s.copy({places}, {size}, s.full({count}), {self.truth(it.guard)})"
 
     def _bar(self, it: Instruction) -> str:
-        if it.guard or it.parts[1] not in ("warp", "sync"):
+        whom = {"bar.sync": (0,), "bar.warp.sync": (-1,)}
+        if it.guard or it.operands != whom.get(it.name):
             raise NotImplementedError(it.line)
         return f"s.wait(of_block={it.parts[1] == 'sync'})"
 
     def _fence(self, it: Instruction) -> str:
+        if it.guard:
+            raise NotImplementedError(it.line)
         return "s.fence()" if it.name.startswith("fence.proxy.async") else "pass"
 
     # --- matrices ----------------------------------------------------------------------------------------------
@@ -327,6 +348,8 @@ class Writer:
         return self.assign(target, f"s.product({shape!r}, {left!r}, {lists})")
 
     def _wgmma(self, it: Instruction) -> str:
+        if it.guard:
+            raise NotImplementedError(it.line)
         if it.parts[1] != "mma_async":
             return "pass"  # a product is there at once
         target, a, b, add, sign_a, sign_b, *turned = it.operands

@@ -137,5 +137,8 @@ class Matrices:
             place = place ^ ((place >> 3) & (width - 16))
         base = self.base.reshape(-1, GROUP)[:, 0]
         flat = self.launch.shared.place(place.reshape(len(base), -1), size, base[:, None]).reshape(-1)
-        who = Who(*(x.reshape(-1, GROUP)[:, 0] for x in self.who)).each(rows * K)
-        return elements(self.launch.shared.load_fenced(flat, size, who), kind)[0].reshape(-1, rows, K)
+        found = flat
+        for warp in range(0, GROUP, LANES):  # all four read
+            who = Who(*(x.reshape(-1, GROUP)[:, warp] for x in self.who)).each(rows * K)
+            found = self.launch.shared.load_fenced(flat, size, who)
+        return elements(found, kind)[0].reshape(-1, rows, K)

@@ -1,6 +1,6 @@
 """Memory of the machine: what a kernel may touch, and which thread touched what last.
 
-Kept in units of two bytes, the least that the kernels of mambax write.
+Kept in units of two bytes: threads that write neighbouring bytes of one are reported, though they are right.
 """
 
 from __future__ import annotations
@@ -47,8 +47,16 @@ class Marks:
         )
 
     def put(self, unit: np.ndarray, who: Who) -> None:
+        """Marks accesses, of which several may be of one unit."""
         self.thread[unit], self.warp[unit], self.block[unit] = who.thread, who.warp, who.block
         self.warp_waits[unit], self.block_waits[unit] = who.warp_waits, who.block_waits
+        self.thread[unit[self.thread[unit] != who.thread]] = SEVERAL_LANES
+        self.several_warps(unit[self.warp[unit] != who.warp])
+        self.block[unit[self.block[unit] != who.block]] = SEVERAL_WARPS
+
+    def several_warps(self, unit: np.ndarray) -> None:
+        """Accesses of more than one warp, which nothing but a barrier of the block puts in order with others."""
+        self.thread[unit] = self.warp[unit] = SEVERAL_WARPS
 
     def before(self, unit: np.ndarray, who: Who) -> np.ndarray:
         """Whether each access is behind a barrier that the marked one is before."""
@@ -64,7 +72,7 @@ class Marks:
             one, other = int(who.thread[i]) - 1, int(marked[i]) - 1
             raise Fault(
                 f"thread {one} {what} thread {other} and did not wait for it, at byte {int(unit[i]) * UNIT}; so "
-                f"do {int(bad.sum())} lanes (-3: several of a warp, -4: several warps)"
+                f"do {int(bad.sum())} lanes (below 0: several threads)"
             )
 
 
@@ -82,11 +90,10 @@ class Shadow:
         others = np.where(stale, NOBODY, marks.thread[unit])
         warp, block = marks.warp[unit], marks.block[unit]
         marks.put(unit, who)
-        found = others != NOBODY
-        marks.thread[unit[found & (others != who.thread) | (marks.thread[unit] != who.thread)]] = SEVERAL_LANES
-        several = unit[found & (warp != who.warp) | (marks.warp[unit] != who.warp)]
-        marks.thread[several] = marks.warp[several] = SEVERAL_WARPS
-        marks.block[unit[found & (block != who.block) | (marks.block[unit] != who.block)]] = SEVERAL_WARPS
+        found, alone = others != NOBODY, marks.warp[unit] != SEVERAL_WARPS
+        marks.thread[unit[found & alone & (others != who.thread)]] = SEVERAL_LANES
+        marks.several_warps(unit[found & (warp != who.warp)])
+        marks.block[unit[found & (block != who.block)]] = SEVERAL_WARPS
 
     def write(self, unit: np.ndarray, who: Who) -> None:
         """Marks a write; raises Fault for a race."""
@@ -102,8 +109,8 @@ def units(place: np.ndarray, width: int) -> np.ndarray:
 
 
 def put(view: np.ndarray, index: np.ndarray, values: np.ndarray, who: Who) -> None:
-    """Values at their places. Lanes of one warp may write different ones to one place, of which a GPU always keeps
-    the same; of different warps that is a race."""
+    """Values at their places. Threads of different warps must not write different ones to one place. Lanes of one
+    warp may: PTX leaves open which of them is kept, and a GPU keeps the same one every time."""
     view[index] = values
     lost = view[index] != values
     if lost.any():
@@ -117,6 +124,7 @@ class Region:
     """The bytes of one tensor's storage."""
 
     def __init__(self, start: int, size: int):
+        start, size = start - start % 8, size + start % 8  # a mapped file's tensors begin anywhere
         self.start, self.size = start, size
         held = np.frombuffer((ctypes.c_ubyte * size).from_address(start), np.uint8)
         self.views = {width: held[: size // width * width].view(f"u{width}") for width in (1, 2, 4, 8)}
@@ -174,10 +182,10 @@ class Shared:
 
     def place(self, address: np.ndarray, width: int, base: np.ndarray) -> np.ndarray:
         """Where an address of each lane's own block, of accesses of `width` bytes, is among all."""
-        if address.size and ((address % width).any() or int(address.max()) + width > self.size):
-            raise Fault(
-                f"{width} bytes of shared memory at {int(address.max())}: not aligned, or beyond {self.size}"
-            )
+        if address.size and (address % width).any():
+            raise Fault(f"{width} bytes of shared memory are not aligned")
+        if address.size and (int(address.min()) < 0 or int(address.max()) + width > self.size):
+            raise Fault(f"{width} bytes of shared memory at {int(address.max())} are outside of its {self.size}")
         return base + address
 
     def load(self, place: np.ndarray, width: int, who: Who) -> np.ndarray:

@@ -22,11 +22,14 @@ def shifted_right(a: Any, b: Any) -> Any:
 
 def field(a: Any, start: Any, count: Any) -> Any:
     """bfe: `count` bits from `start` on, the topmost of them the sign where there is one."""
-    one, count = np.uint64(1), np.asarray(count, np.uint64)
-    whole = a.view(f"u{a.dtype.itemsize}").astype(np.uint64) >> np.asarray(start, np.uint64)
-    kept = whole & ((one << count) - one)
+    one, start, count = np.uint64(1), np.asarray(start, np.int64) & 255, np.asarray(count, np.int64) & 255
+    wide = a.astype(
+        np.int64 if a.dtype.kind == "i" else np.uint64
+    )  # beyond the top are copies of the sign, or zeros
+    bits = np.minimum(count, 63).astype(np.uint64)
+    kept = (wide >> np.minimum(start, 63).astype(wide.dtype)).astype(np.uint64) & ((one << bits) - one)
     if a.dtype.kind == "i":
-        top = one << (count - one)
+        top = np.where(count > 0, one << (np.maximum(bits, one) - one), np.uint64(0))
         kept = (kept ^ top) - top
     return kept.astype(f"u{a.dtype.itemsize}").view(a.dtype)
 
@@ -66,7 +69,9 @@ def flushed(x: Any) -> Any:
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    """a b + c, rounded once but for about one case in 2^29."""
+    """a b + c of up to float32, rounded once but for about one case in 2^29."""
+    if a.dtype == np.float64:
+        raise NotImplementedError("fma of float64")
     return (a.astype(np.float64) * b + c).astype(a.dtype)
 
 

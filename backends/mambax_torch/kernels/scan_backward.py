@@ -138,6 +138,8 @@ def _backward(
             out += direct * now
         _store(dz, d, dout * out * s * (1.0 + gate * (1.0 - s)), has_d, written)
     adjoint += g[:, None] * c[None, :]
+    if again is not None:
+        tl.debug_barrier()  # several threads may have read a sum that one of them writes
     _store(dC, n, tl.sum(g[:, None] * h, axis=0) + sum_C, has_n, written)
     _store(dB, n, tl.sum(x[:, None] * adjoint, axis=0) + sum_B, has_n, written)
     of_x = tl.sum(adjoint * b[None, :], axis=1)
