@@ -40,10 +40,10 @@ SIGNS = {
 
 PLAIN = {
     "abs": "np.abs(a)", "add": "a + b", "and": "a & b", "bfe": "field(a, b, c)", "copysign": "np.copysign(b, a)",
-    "div": "quotient(a, b)", "max": "np.fmax(a, b)", "min": "np.fmin(a, b)", "mul": "a * b", "neg": "-a",
+    "div": "quotient(a, b)", "max": "np.fmax(a, b)", "min": "np.fmin(a, b)", "neg": "-a",
     "not": "~a", "or": "a | b", "prmt": "permuted(a, b, c)", "rem": "a - quotient(a, b) * b",
     "selp": "np.where(c, a, b)", "shl": "shifted_left(a, b)", "shr": "shifted_right(a, b)", "sqrt": "np.sqrt(a)",
-    "sub": "a - b", "xor": "a ^ b", "mad": "a * b + c",
+    "sub": "a - b", "xor": "a ^ b",
     "ex2": "roughly(np.exp2(a.astype('f8')), a, 2)", "lg2": "roughly(np.log2(a.astype('f8')), a, 2)",
     "rcp": "roughly(1 / a.astype('f8'), a, 1)", "rsqrt": "roughly(1 / np.sqrt(a.astype('f8')), a, 2)",
 }  # fmt: skip
@@ -327,14 +327,14 @@ class Writer:
 
     def _ldmatrix(self, it: Instruction) -> str:
         target, address = it.operands
-        if not isinstance(target, Vector) or it.guard:
+        if not isinstance(target, Vector) or it.guard or not {"m8n8", "b16"} <= set(it.parts):
             raise NotImplementedError(it.line)
         place = self.place(address, "shared")
         return self.assign(target, f"s.load_matrices({place}, {len(target.parts)}, {'trans' in it.parts})")
 
     def _stmatrix(self, it: Instruction) -> str:
         address, source = it.operands
-        if it.guard:
+        if it.guard or not {"m8n8", "b16"} <= set(it.parts):
             raise NotImplementedError(it.line)
         values = ", ".join(self.each(source, "b32"))
         return f"s.store_matrices({self.place(address, 'shared')}, [{values}], {'trans' in it.parts})"

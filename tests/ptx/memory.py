@@ -86,8 +86,7 @@ class Shadow:
         """Marks a read; raises Fault for a race."""
         self.written.races(unit, who, "reads what was written by")
         marks = self.read_since
-        stale = marks.before(unit, who) & (marks.block[unit] == who.block)
-        others = np.where(stale, NOBODY, marks.thread[unit])
+        others = np.where(marks.before(unit, who), NOBODY, marks.thread[unit])
         warp, block = marks.warp[unit], marks.block[unit]
         marks.put(unit, who)
         found, alone = others != NOBODY, marks.warp[unit] != SEVERAL_WARPS

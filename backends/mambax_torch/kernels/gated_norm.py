@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from mambax_torch.kernels import gated_norm_kernels
 from mambax_torch.kernels.devices import on_device_of
-from mambax_torch.kernels.fusion import UNFUSED
-from mambax_torch.kernels.norm import PROGRAMS, as_rows
+from mambax_torch.kernels.norm import PROGRAMS, as_rows, launch_of
 from mambax_torch.kernels.sizes import cdiv, next_power_of_2
 from mambax_torch.kernels.step import side_by_side
 
@@ -53,7 +52,7 @@ def normed(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, *, nor
     with on_device_of(y):
         KERNELS.forward_kernel[(len(rows) * groups,)](
             rows, gate, weight, made, gate.stride(0), width, groups, eps,
-            NORM_FIRST=norm_first, BLOCK=block, num_warps=min(16, max(1, block // 512)), **UNFUSED,
+            NORM_FIRST=norm_first, **launch_of(block),
         )  # fmt: skip
     return made
 
@@ -74,7 +73,7 @@ def gradients(
     with on_device_of(y):
         KERNELS.gradient_kernel[(parts * groups,)](
             of_normed, rows, gate, weight, dy, dz, partials, of_normed.stride(0), rows.stride(0), gate.stride(0),
-            count, width, groups, each, eps, BLOCK=block, num_warps=min(16, max(1, block // 512)), **UNFUSED,
+            count, width, groups, each, eps, **launch_of(block),
         )  # fmt: skip
     return dy, dz, partials.sum(0).to(weight.dtype)
 

@@ -25,7 +25,8 @@ PROGRAMS = 512
 """Of the backward pass, at most: their sums for the weight are kept apart, and always added in the same order."""
 
 
-def _launch(block: int) -> dict[str, Any]:
+def launch_of(block: int) -> dict[str, Any]:
+    """The options of kernels that hold a row of up to `block` channels, a power of two."""
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), **UNFUSED}
 
 
@@ -53,7 +54,7 @@ def forward(
         KERNELS.forward_kernel[(count,)](
             rows, before, weight.contiguous(), y, y if residual is None else stream, inverse,
             rows.stride(0), before.stride(0), width, eps,
-            HAS_RESIDUAL=residual is not None, KEEP=keep, **_launch(block),
+            HAS_RESIDUAL=residual is not None, KEEP=keep, **launch_of(block),
         )  # fmt: skip
     return y, stream, inverse
 
@@ -79,7 +80,7 @@ def _gradients(
         KERNELS.backward_kernel[(programs,)](
             of_y, of_total, rows, weight.contiguous(), inverse, dx, dresidual if both else dx, partials,
             of_y.stride(0), of_total.stride(0), rows.stride(0), count, width, each,
-            HAS_DTOTAL=dtotal is not None, BOTH=both, **_launch(block),
+            HAS_DTOTAL=dtotal is not None, BOTH=both, **launch_of(block),
         )  # fmt: skip
     return dx, dresidual, partials.sum(0).to(weight.dtype)
 
